@@ -1,0 +1,115 @@
+"""What all attention types share: the glossary of axes, the interface, and the one call into the attention kernel.
+
+Axes, in every einsum and every annotation of this package:
+
+    t  query position        n  query heads            m  d_model, the width of the residual stream
+    s  key position          k  key/value heads        r  kv_lora_rank, the width of MLA's latent
+    h  head_dim              g  = n / k                f  d_ff
+    d  width of queries and keys, v  width of values, where they differ from h
+"""
+
+import abc
+from typing import Any, Literal, final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+# Which keys each query reads: a boolean array, True = attend; or the fact "causal", which needs no array and which fused
+# kernels turn into skipped work.
+Mask = Bool[Array, "t s"] | Literal["causal"]
+
+
+class AbstractAttention(eqx.Module):
+    """Causal self-attention over one sequence; `jax.vmap` adds the batch.
+
+    A variant says what tokens ask (`queries`), what they leave behind (`entries`), and how the asking reads what was left
+    behind. `project` and `attend` are all that it defines. Training, scoring and decoding follow from them here, once, so
+    that a cached decode equals the forward pass by construction.
+    """
+
+    d_model: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]) -> tuple[PyTree, PyTree]:
+        """(queries, entries) of tokens `x` at absolute `positions`.
+
+        `entries` are all that a later token may see of these ones, hence the KV cache; axis 0 of every leaf is position.
+        """
+
+    @abc.abstractmethod
+    def attend(self, queries: PyTree, entries: PyTree, mask: Mask) -> Float[Array, "t m"]:
+        """Read `entries`, merge the heads, apply the output projection."""
+
+    @final
+    def __call__(self, x: Float[Array, "t m"]) -> Float[Array, "t m"]:
+        """The forward pass over a whole sequence, as in training and scoring."""
+        queries, entries = self.project(x, jnp.arange(x.shape[0]))
+        return self.attend(queries, entries, "causal")
+
+    @final
+    def init_cache(self, max_seq_len: int) -> PyTree[Shaped[Array, "max_seq_len ..."]]:
+        """An empty KV cache: zeros shaped like the `entries` of `max_seq_len` tokens, in the dtype of the weights."""
+        dtype = jnp.result_type(*jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array)))
+        x = jax.ShapeDtypeStruct((max_seq_len, self.d_model), dtype)
+        positions = jax.ShapeDtypeStruct((max_seq_len,), jnp.int32)
+        _, entries = eqx.filter_eval_shape(type(self).project, self, x, positions)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), entries)
+
+    @final
+    def decode(
+        self, x: Float[Array, "t m"], cache: PyTree[Shaped[Array, "s ..."]], position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "t m"], PyTree[Shaped[Array, "s ..."]]]:
+        """Outputs for `t` new tokens, the first of them at `position`, and the cache with their entries written in.
+
+        A prompt and a single token alike. The caller keeps position + t <= max_seq_len.
+        """
+        positions = position + jnp.arange(x.shape[0])
+        queries, entries = self.project(x, positions)
+        cache = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=0), cache, entries
+        )
+        max_seq_len = jax.tree.leaves(cache)[0].shape[0]
+        mask = jnp.arange(max_seq_len)[None, :] <= positions[:, None]
+        return self.attend(queries, cache, mask), cache
+
+
+def split_heads(linear: eqx.nn.Linear, num_heads: int) -> Float[Array, "{num_heads} width in"]:
+    """The weight of a projection to `num_heads` heads, its head-major rows given an axis of their own."""
+    out_features, in_features = linear.weight.shape
+    return linear.weight.reshape(num_heads, out_features // num_heads, in_features)
+
+
+def merge_heads(linear: eqx.nn.Linear, num_heads: int) -> Float[Array, "out {num_heads} width"]:
+    """The weight of a projection from `num_heads` concatenated heads, its columns given a head axis of their own."""
+    out_features, in_features = linear.weight.shape
+    return linear.weight.reshape(out_features, num_heads, in_features // num_heads)
+
+
+def implementation(dtype: Any) -> Literal["cudnn", "xla"]:
+    """The kernel behind the causal case: cuDNN's fused attention for 16-bit types on an NVIDIA GPU, XLA elsewhere."""
+    return "cudnn" if jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
+
+
+def dot_product_attention(
+    queries: Float[Array, "t n d"],
+    keys: Float[Array, "s k d"],
+    values: Float[Array, "s k v"],
+    mask: Mask,
+    *,
+    scale: float,
+) -> Float[Array, "t n v"]:
+    """softmax(scale * q·k) v, query head i reading key/value head floor(i / g); softmax in float32.
+
+    Values narrower than keys (v < d) are padded with zeros to one width, which the kernel wants; the product is exact.
+    """
+    width = values.shape[-1]
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, keys.shape[-1] - width)))
+    if isinstance(mask, str):
+        out = jax.nn.dot_product_attention(
+            queries, keys, values, scale=scale, is_causal=True, implementation=implementation(queries.dtype)
+        )
+    else:
+        out = jax.nn.dot_product_attention(queries, keys, values, mask=mask[None], scale=scale, implementation="xla")
+    return out[..., :width]

@@ -1,0 +1,199 @@
+"""Text sources, the character tokenizer, the train/validation split, and batches drawn from it."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from chargpt.config import ConfigError, DatasetConfig, DatasetName, require
+
+BUNDLED = Path(__file__).parents[2] / "data" / "shakespeare.txt"
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MAX_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class CharTokenizer:
+    """One token per character; `vocabulary` is the sorted string of all of them, its index the token."""
+
+    vocabulary: str
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens [len(text)] int32; ValueError naming the characters that the vocabulary lacks."""
+        missing = sorted(set(text) - set(self.vocabulary))
+        if missing:
+            raise ValueError(f"not in the vocabulary: {' '.join(map(repr, missing))}")
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        known = np.frombuffer(self.vocabulary.encode("utf-32-le"), dtype=np.uint32)
+        return np.searchsorted(known, codes).astype(np.int32)
+
+    def decode(self, tokens: np.ndarray | Array) -> str:
+        return "".join(self.vocabulary[token] for token in np.asarray(tokens))
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text as tokens, cut once in time order: what is validated on comes after everything that is trained on."""
+
+    name: str
+    tokenizer: CharTokenizer
+    train: Int[np.ndarray, " train"]
+    val: Int[np.ndarray, " val"]
+    sha256: str
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        """Validation losses (nats per character) of models that need no training, counted on the train split.
+
+        uniform: ln V. unigram, bigram: add-one smoothed character and character-pair frequencies.
+        """
+        size = len(self.tokenizer)
+        unigram = np.bincount(self.train, minlength=size) + 1.0
+        bigram = np.ones((size, size))
+        np.add.at(bigram, (self.train[:-1], self.train[1:]), 1)
+        unigram, bigram = unigram / unigram.sum(), bigram / bigram.sum(axis=1, keepdims=True)
+        targets = self.val[1:]
+        return {
+            "uniform": math.log(size),
+            "unigram": float(-np.log(unigram[targets]).mean()),
+            "bigram": float(-np.log(bigram[self.val[:-1], targets]).mean()),
+        }
+
+
+def load_corpus(config: DatasetConfig) -> Corpus:
+    """The text that `config` names; ConfigError if it is missing, not text, or too short for `seq_len`."""
+    data = read_source(config)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
+        ) from error
+    tokenizer = CharTokenizer.from_text(text)
+    require(
+        len(tokenizer) > 1, f"dataset {config.name.name}: holds fewer than two different characters: nothing to learn"
+    )
+    tokens = tokenizer.encode(text)
+    cut = len(tokens) - int(len(tokens) * config.val_fraction)
+    corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(data).hexdigest())
+    for split, length in (("training", len(corpus.train)), ("validation", len(corpus.val))):
+        require(
+            length > config.seq_len,
+            f"dataset.seq_len={config.seq_len}: the {split} split has only {length} characters; "
+            f"write a seq_len below that, another val_fraction, or a longer text",
+        )
+    return corpus
+
+
+def read_source(config: DatasetConfig) -> bytes:
+    match config.name:
+        case DatasetName.shakespeare:
+            require(BUNDLED.is_file(), f"the bundled text is missing: {BUNDLED}; run from a clone of the repository")
+            return BUNDLED.read_bytes()
+        case DatasetName.tinyshakespeare:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chargpt"
+            return download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, cache / "tinyshakespeare.txt")
+        case DatasetName.file:
+            assert config.filepath is not None
+            return read_file(Path(config.filepath).expanduser())
+
+
+def read_file(path: Path) -> bytes:
+    name = f"dataset.filepath={path}"
+    require(path.exists(), f"{name}: there is no such file")
+    require(path.is_file(), f"{name}: is not a regular file")
+    size = path.stat().st_size
+    require(size > 0, f"{name}: is empty")
+    require(size <= MAX_BYTES, f"{name}: has {size:,} bytes; texts of up to {MAX_BYTES:,} fit here")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def download(url: str, sha256: str, path: Path) -> bytes:
+    """The file at `url`, fetched once into `path`; verified, and written under a temporary name first."""
+    if path.is_file():
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+        print(f"{path}: is damaged (wrong sha256), fetching it again", file=sys.stderr)
+    data = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            total = int(response.headers.get("Content-Length") or 0)
+            while block := response.read(1 << 16):
+                data += block
+                print(f"\rdownloading {path.name}: {len(data):,} of {total or '?':,} bytes", end="", file=sys.stderr)
+                require(len(data) <= MAX_BYTES, f"{url}: more than {MAX_BYTES:,} bytes; that is not the text")
+        print(file=sys.stderr)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(
+            f"dataset.name=tinyshakespeare: could not be downloaded ({reason}); "
+            "write dataset.name=shakespeare (bundled), or dataset.name=file dataset.filepath=PATH"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    require(
+        found == sha256, f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+    return bytes(data)
+
+
+def sample_batch(
+    tokens: Int[Array, " corpus"], key: PRNGKeyArray, batch_size: int, seq_len: int
+) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+    """(inputs, targets): windows at random places, the targets one character further. One gather on the device."""
+    starts = jax.random.randint(key, (batch_size,), 0, tokens.shape[0] - seq_len)
+    windows = tokens[starts[:, None] + jnp.arange(seq_len + 1)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A whole split as non-overlapping windows: every character but the first is predicted exactly once."""
+
+    inputs: Int[np.ndarray, "windows t"]
+    targets: Int[np.ndarray, "windows t"]
+    weights: Float[np.ndarray, "windows t"]  # 0 where the last window is padded
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.weights.sum(dtype=np.float64))
+
+
+def make_windows(tokens: Int[np.ndarray, " split"], seq_len: int, max_tokens: int | None = None) -> Windows:
+    """Cut `tokens` into windows of `seq_len`; with `max_tokens`, keep about that many characters, evenly spaced."""
+    num_targets = len(tokens) - 1
+    num_windows = math.ceil(num_targets / seq_len)
+    padded = np.zeros(num_windows * seq_len + 1, np.int32)
+    padded[: len(tokens)] = tokens
+    weights = (np.arange(num_windows * seq_len) < num_targets).astype(np.float32)
+    shape = (num_windows, seq_len)
+    kept = np.arange(num_windows)
+    if max_tokens is not None and max_tokens < num_targets:
+        kept = np.linspace(0, num_windows - 1, max(1, max_tokens // seq_len)).round().astype(int)
+    return Windows(padded[:-1].reshape(shape)[kept], padded[1:].reshape(shape)[kept], weights.reshape(shape)[kept])

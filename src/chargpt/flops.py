@@ -1,0 +1,61 @@
+"""What a training step costs, and what the machine could do: the two halves of model FLOP utilisation."""
+
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from chargpt.config import AttentionType, ModelConfig
+from chargpt.model import GPT
+
+
+def count_parameters(model: GPT) -> dict[str, int]:
+    """Numbers of parameters by part; their sum is the model's."""
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))  # noqa: E731
+    layers = f"{model.num_layers} layers"
+    blocks = model.blocks
+    parts = {
+        "token embedding": size(model.embedding),
+        "position embedding": size(model.position_embedding),
+        f"attention, {layers}": size(blocks.attention),
+        f"feed-forward, {layers}": size(blocks.feed_forward),
+        "norms": size((blocks.attention_norm, blocks.feed_forward_norm, model.final_norm)),
+        "output head": size(model.head),
+    }
+    return {name: number for name, number in parts.items() if number}
+
+
+def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
+    """Bytes that one token leaves in the KV cache, all layers together, at compute precision `dtype`."""
+    narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), eqx.filter(model, eqx.is_inexact_array))
+    cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, model).init_cache(1), narrow)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def flops_per_token(model: GPT, config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of a training step per token: 6 N + 12 L · width · t, forward and backward.
+
+    N counts the parameters that multiply (an untied embedding is looked up); width is that of all heads' queries together
+    (PaLM, arXiv 2204.02311, appendix B; the causal half that a fused kernel skips is counted).
+    """
+    parameters = sum(count_parameters(model).values()) - (model.embedding.size if model.head is not None else 0)
+    width = config.num_heads * config.head_width
+    if config.mha_type is AttentionType.mla:
+        width = config.num_heads * (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim)
+    return 6.0 * parameters + 12.0 * config.num_layers * width * seq_len
+
+
+def measure_peak_flops(dtype: Any) -> float:
+    """Floating-point operations per second of a large matrix product, the best of a few: this machine's practical peak."""
+    side = 8192 if jax.default_backend() == "gpu" else 1024
+    matrix = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best

@@ -1,0 +1,207 @@
+"""The decoder-only transformer: FeedForward, Block, GPT. It never asks which attention type it carries."""
+
+import math
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from chargpt.attention import AbstractAttention, make_attention
+from chargpt.config import Activation, ModelConfig, Norm, NormPosition
+
+Module = TypeVar("Module", bound=eqx.Module)
+
+INIT_STD = 0.02  # GPT-2's; projections onto the residual stream take 1/sqrt(2 num_layers) of it
+
+
+class FeedForward(eqx.Module):
+    """down(act(up(x))); with swiglu (arXiv 2002.05202) down(silu(gate(x)) * up(x)); relu2 (arXiv 2109.08668) is relu²."""
+
+    gate_proj: eqx.nn.Linear | None
+    up_proj: eqx.nn.Linear
+    down_proj: eqx.nn.Linear
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(self, d_model: int, d_ff: int, activation: Activation, *, key: PRNGKeyArray):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        gated = activation is Activation.swiglu
+        self.gate_proj = eqx.nn.Linear(d_model, d_ff, use_bias=False, key=gate_key) if gated else None
+        self.up_proj = eqx.nn.Linear(d_model, d_ff, use_bias=False, key=up_key)
+        self.down_proj = eqx.nn.Linear(d_ff, d_model, use_bias=False, key=down_key)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "t m"]) -> Float[Array, "t m"]:
+        hidden = jnp.einsum("tm,fm->tf", x, self.up_proj.weight)
+        match self.activation:
+            case Activation.relu:
+                hidden = jax.nn.relu(hidden)
+            case Activation.gelu:
+                hidden = jax.nn.gelu(hidden)
+            case Activation.relu2:
+                hidden = jnp.square(jax.nn.relu(hidden))
+            case Activation.swiglu:
+                hidden = jax.nn.silu(jnp.einsum("tm,fm->tf", x, self.gate_proj.weight)) * hidden
+        return jnp.einsum("tf,mf->tm", hidden, self.down_proj.weight)
+
+
+def make_norm(kind: Norm, width: int) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
+    match kind:
+        case Norm.rmsnorm:
+            return eqx.nn.RMSNorm(width, use_bias=False)
+        case Norm.layernorm:
+            return eqx.nn.LayerNorm(width, use_bias=False)
+
+
+class Block(eqx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with post-norm, norm(x + branch(x)).
+
+    Dropout is on the two residual branches alone: dropping attention weights would break the sum-to-one that selective
+    attention's value half rests on, and fused kernels do not offer it.
+    """
+
+    attention: AbstractAttention
+    feed_forward: FeedForward
+    attention_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
+    feed_forward_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
+    norm_position: NormPosition = eqx.field(static=True)
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        attention_key, feed_forward_key = jax.random.split(key)
+        self.attention = make_attention(config, key=attention_key)
+        self.feed_forward = FeedForward(config.d_model, config.ff_width, config.activation, key=feed_forward_key)
+        self.attention_norm = make_norm(config.norm, config.d_model)
+        self.feed_forward_norm = make_norm(config.norm, config.d_model)
+        self.norm_position = config.norm_position
+        self.dropout = eqx.nn.Dropout(config.dropout)
+
+    def __call__(self, x: Float[Array, "t m"], *, key: PRNGKeyArray | None = None) -> Float[Array, "t m"]:
+        """`key` None: no dropout."""
+        return self._residual(x, self.attention, key)
+
+    def decode(
+        self, x: Float[Array, "t m"], cache: PyTree, position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "t m"], PyTree]:
+        """As `__call__`, for tokens that follow those in the cache."""
+
+        def attend(x):
+            nonlocal cache
+            x, cache = self.attention.decode(x, cache, position)
+            return x
+
+        return self._residual(x, attend, None), cache
+
+    def _residual(self, x, attend, key):
+        keys = (None, None) if key is None else jax.random.split(key)
+        branches = ((self.attention_norm, attend, keys[0]), (self.feed_forward_norm, self.feed_forward, keys[1]))
+        for norm, branch, branch_key in branches:
+            match self.norm_position:
+                case NormPosition.pre:
+                    x = x + self.dropout(branch(jax.vmap(norm)(x)), key=branch_key, inference=key is None)
+                case NormPosition.post:
+                    x = jax.vmap(norm)(x + self.dropout(branch(x), key=branch_key, inference=key is None))
+        return x
+
+
+class GPT(eqx.Module):
+    """Token logits of a sequence. `blocks` is one Block whose every leaf has a leading layer axis."""
+
+    embedding: Float[Array, "vocab m"]
+    position_embedding: Float[Array, "max_seq_len m"] | None
+    blocks: Block
+    final_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm | None
+    head: eqx.nn.Linear | None
+    dropout: eqx.nn.Dropout
+    num_layers: int = eqx.field(static=True)
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_seq_len: int, *, key: PRNGKeyArray):
+        """`max_seq_len` is the training context: the size of the learned position table where there is one."""
+        embedding_key, position_key, blocks_key, head_key, init_key = jax.random.split(key, 5)
+        self.embedding = INIT_STD * jax.random.normal(embedding_key, (vocab_size, config.d_model))
+        self.position_embedding = None
+        if config.learned_positions:
+            self.position_embedding = INIT_STD * jax.random.normal(position_key, (max_seq_len, config.d_model))
+        make_block = eqx.filter_vmap(lambda key: Block(config, key=key))
+        self.blocks = init_weights(make_block(jax.random.split(blocks_key, config.num_layers)), key=init_key)
+        self.final_norm = make_norm(config.norm, config.d_model) if config.norm_position is NormPosition.pre else None
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = init_weights(
+                eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key), key=head_key
+            )
+        self.dropout = eqx.nn.Dropout(config.dropout)
+        self.num_layers = config.num_layers
+
+    def __call__(self, tokens: Int[Array, " t"], *, key: PRNGKeyArray | None = None) -> Float[Array, "t vocab"]:
+        """Next-token logits at every position; `key` turns dropout on."""
+        embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
+        x = self._embed(tokens, jnp.arange(tokens.shape[0]))
+        x = self.dropout(x, key=embed_key, inference=key is None)
+        keys = None if key is None else jax.random.split(blocks_key, self.num_layers)
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def apply_block(x, layer):
+            arrays, key = layer
+            return eqx.combine(arrays, static)(x, key=key), None
+
+        # Weights are stacked for the optimizer's sake; the computation, unrolled, is one straight line.
+        x, _ = jax.lax.scan(apply_block, x, (arrays, keys), unroll=self.num_layers)
+        return self._logits(x)
+
+    def layers(self) -> tuple[Block, ...]:
+        """The blocks one by one."""
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        return tuple(eqx.combine(jax.tree.map(lambda leaf: leaf[i], arrays), static) for i in range(self.num_layers))
+
+    def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
+        """Every layer's empty KV cache."""
+        return tuple(block.attention.init_cache(max_seq_len) for block in self.layers())
+
+    def decode(
+        self, tokens: Int[Array, " t"], cache: tuple[PyTree, ...], position: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "t vocab"], tuple[PyTree, ...]]:
+        """Logits of `t` more tokens, the first at `position`, and the cache that has them: equal to the forward pass."""
+        x = self._embed(tokens, position + jnp.arange(tokens.shape[0]))
+        new_cache = []
+        for block, entries in zip(self.layers(), cache, strict=True):
+            x, entries = block.decode(x, entries, position)
+            new_cache.append(entries)
+        return self._logits(x), tuple(new_cache)
+
+    def _embed(self, tokens: Int[Array, " t"], positions: Int[Array, " t"]) -> Float[Array, "t m"]:
+        x = take_rows(self.embedding, tokens)
+        return x if self.position_embedding is None else x + take_rows(self.position_embedding, positions)
+
+    def _logits(self, x: Float[Array, "t m"]) -> Float[Array, "t vocab"]:
+        x = x if self.final_norm is None else jax.vmap(self.final_norm)(x)
+        return jnp.einsum("tm,om->to", x, self.embedding if self.head is None else self.head.weight)
+
+
+def take_rows(table: Float[Array, "rows m"], indices: Int[Array, " t"]) -> Float[Array, "t m"]:
+    """table[indices], for small tables as a one-hot product, whose gradient is a product too.
+
+    The gradient of a gather is a scatter-add that all tokens of a batch contend for: on a GPU, with 65 rows, milliseconds.
+    """
+    if table.shape[0] > 512:
+        return table[indices]
+    one_hot = jax.nn.one_hot(indices, table.shape[0], dtype=table.dtype)
+    return jnp.matmul(one_hot, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def init_weights(module: Module, *, key: PRNGKeyArray) -> Module:
+    """GPT-2's initialisation: every Linear weight normal(0, 0.02), those onto the residual stream / sqrt(2 num_layers)."""
+    residual = ("o_proj", "output_proj", "down_proj")
+    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
+    leaves, structure = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_linear)
+    keys = jax.random.split(key, len(leaves))
+
+    def init(path, leaf, key):
+        if not is_linear(leaf):
+            return leaf
+        onto_residual = path and getattr(path[-1], "name", "") in residual
+        scale = INIT_STD / math.sqrt(2 * leaf.weight.shape[0]) if onto_residual else INIT_STD
+        return eqx.tree_at(lambda linear: linear.weight, leaf, scale * jax.random.normal(key, leaf.weight.shape))
+
+    return jax.tree.unflatten(structure, [init(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])

@@ -1,0 +1,37 @@
+"""Figures of a run."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+LINES = {"uniform": "ln V", "unigram": "unigram", "bigram": "bigram"}
+
+
+def draw_curves(
+    metrics: list[dict[str, int | float | None]], baselines: dict[str, int | float], title: str, path: Path
+) -> None:
+    """Training and validation loss against steps, with what counting characters alone would reach."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (
+        ("train/loss", "train", dict(color="#0072B2", linewidth=1.2)),
+        ("val/loss", "validation", dict(color="#D55E00", linewidth=1.8, marker="o", markersize=4)),
+    ):
+        points = [(line["trainer/step"], line[name]) for line in metrics if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{label} (last {points[-1][1]:.3f})", **style)
+    for name, value in baselines.items():
+        axes.axhline(value, color="0.55", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            f"{LINES[name]} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            fontsize=8, color="0.35", xytext=(-4, 2), textcoords="offset points",
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per character)")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(alpha=0.25)
+    if axes.lines:
+        axes.legend(frameon=False, loc="lower left")
+    figure.savefig(path)

@@ -1,0 +1,385 @@
+"""A training run: its directory, the loop over compiled chunks of steps, what is logged, saved and shown on the way."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from omegaconf import OmegaConf
+
+from chargpt import checkpoint
+from chargpt.cli import RunFailed
+from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
+from chargpt.console import RunConsole
+from chargpt.corpus import Corpus, load_corpus, make_windows
+from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token, measure_peak_flops
+from chargpt.generate import generate
+from chargpt.report import draw_curves
+from chargpt.tracking import MetricsFile, WandbRun, read_metrics
+from chargpt.train import (
+    StepMetrics,
+    Stream,
+    TrainState,
+    cast,
+    compute_dtype,
+    evaluate,
+    init_state,
+    random_key,
+    train_steps,
+)
+
+EVAL_TOKENS_PER_BATCH = 16_384
+SAMPLE_TEMPERATURE = 0.8
+PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
+
+
+def train(config: Config, run_dir: Path) -> float:
+    """Train the model that `config` describes, leaving everything in `run_dir`; the best validation loss.
+
+    SystemExit with the conventional code (128 + signal) where a signal asked it to stop; it has saved by then.
+    """
+    console = RunConsole()
+    with lock(run_dir), StopSignal() as stop:
+        run = Run(config, run_dir, load_corpus(config.dataset), console)
+        with console.progress(config.trainer.num_steps, run.step):
+            run.loop(stop)
+        exit_code = 0 if stop.number is None else 128 + stop.number
+        run.finish(exit_code)
+    if exit_code:
+        raise SystemExit(exit_code)
+    assert run.best_val_loss is not None
+    return run.best_val_loss
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir` for this process. The kernel lets go of the lock however the process ends."""
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR"
+            ) from error
+        yield
+
+
+class StopSignal:
+    """Asks for a stop at the next boundary on SIGINT, SIGTERM or SIGUSR1; a second SIGINT stops at once.
+
+    `number` is the signal that came, or None.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Steps that have been dispatched and not yet looked at."""
+
+    end: int
+    num_steps: int
+    metrics: StepMetrics
+    dispatched: float
+
+
+class Run:
+    """One training run in its directory."""
+
+    def __init__(self, config: Config, run_dir: Path, corpus: Corpus, console: RunConsole):
+        if (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(f"{run_dir}: already holds a run; write another hydra.run.dir=DIR")
+        self.config, self.run_dir, self.corpus, self.console = config, run_dir, corpus, console
+        self.dtype = compute_dtype(config.trainer.precision)
+        self.state: TrainState = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)))()
+        self.step = 0
+        self.seconds_before = 0.0
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.final_val_loss: float | None = None
+        self.sample = ""
+        self.trained_tokens, self.trained_seconds = 0, 0.0
+        self.last_fetch = 0.0
+
+        model = self.state.model
+        self.parameters = count_parameters(model)
+        self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
+        self.peak_flops = measure_peak_flops(self.dtype)
+        self.flops_per_token = flops_per_token(model, config.model, config.dataset.seq_len)
+        self.tokens = jnp.asarray(corpus.train)
+        self.val_windows = make_windows(corpus.val, config.dataset.seq_len, config.trainer.eval_tokens)
+        self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+        self._show_start()
+        self.metrics_file = MetricsFile(run_dir / "metrics.jsonl")
+        self.wandb = WandbRun(config, self._derived(), run_dir, None, console.say)
+        self.began = time.perf_counter()
+        self._compile()
+
+    # ---- the loop
+
+    def loop(self, stop: StopSignal) -> None:
+        """Dispatch chunk after chunk; look at one while the next is computed, except where something is due between."""
+        trainer = self.config.trainer
+        pending: Chunk | None = None
+        while self.step < trainer.num_steps and stop.number is None:
+            num_steps = self._next_boundary() - self.step
+            self.state, metrics = self.compiled[num_steps](self.tokens, self.state)
+            self.step += num_steps
+            chunk = Chunk(self.step, num_steps, metrics, time.perf_counter())
+            if pending is not None:
+                self._log(self._fetch(pending))
+            pending = chunk
+            at_end = self.step == trainer.num_steps
+            evaluation_due = at_end or self.step % trainer.eval_every == 0
+            if evaluation_due or self.step % trainer.checkpoint_every == 0:
+                line = self._fetch(pending)
+                pending = None
+                is_best = self._evaluate(line) if evaluation_due else False
+                self._log(line)
+                if evaluation_due:
+                    self.console.show_evaluation(line, is_best, self.sample)
+                self._save("last")
+                if is_best:
+                    self._save("best")
+        if pending is not None:
+            self._log(self._fetch(pending))
+            self._save("last")
+
+    def _next_boundary(self) -> int:
+        """The next step, on a grid that does not depend on where the run began, at which something is due."""
+        trainer = self.config.trainer
+        intervals = (trainer.log_every, trainer.eval_every, trainer.checkpoint_every)
+        return min(trainer.num_steps, *((self.step // interval + 1) * interval for interval in intervals))
+
+    def _compile(self) -> None:
+        """Compile the chunk of every length that the run will need."""
+        begin, here = time.perf_counter(), self.step
+        self.compiled: dict[int, Any] = {}
+        while self.step < self.config.trainer.num_steps:
+            length = self._next_boundary() - self.step
+            if length not in self.compiled:
+                steps = eqx.filter_jit(
+                    lambda tokens, state, n=length: train_steps(state, tokens, self.config, n),
+                    donate="all-except-first",
+                )
+                self.compiled[length] = steps.lower(self.tokens, self.state).compile()
+            self.step += length
+        self.step = here
+        self.compile_seconds = time.perf_counter() - begin
+        self.console.say(f"compiled the training step in {self.compile_seconds:.1f} s\n")
+
+    def _fetch(self, chunk: Chunk) -> dict[str, int | float]:
+        """Wait for a chunk's metrics, as a line for metrics.jsonl; RunFailed after too many skipped steps in a row."""
+        metrics = jax.tree.map(np.asarray, chunk.metrics)
+        now = time.perf_counter()
+        seconds = now - max(chunk.dispatched, self.last_fetch)
+        self.last_fetch = now
+        per_step = self.config.trainer.batch_size * self.config.dataset.seq_len
+        self.trained_tokens += chunk.num_steps * per_step
+        self.trained_seconds += seconds
+        if metrics.skipped_in_a_row.max() >= self.config.trainer.max_skipped_steps:
+            self._stop_not_finite(chunk.end)
+        speed = chunk.num_steps * per_step / seconds
+        return {
+            "trainer/step": chunk.end,
+            "trainer/tokens": chunk.end * per_step,
+            "trainer/seconds": self._seconds(),
+            "trainer/skipped_steps": int(metrics.skipped[-1]),
+            "train/loss": float(metrics.loss.mean(dtype=np.float64)),
+            "train/grad_norm": float(metrics.grad_norm[-1]),
+            "optim/learning_rate": float(metrics.learning_rate[-1]),
+            "throughput/tokens_per_second": speed,
+            "throughput/mfu": speed * self.flops_per_token / self.peak_flops,
+        }
+
+    def _log(self, line: dict[str, int | float]) -> None:
+        self.metrics_file.log(line)
+        self.wandb.log(line)
+        self.console.show_step(line, self.config.trainer.num_steps, self.best_val_loss)
+
+    def _evaluate(self, line: dict[str, int | float]) -> bool:
+        """Add validation metrics to `line`, sample a text; whether this is the best so far."""
+        rows = max(1, EVAL_TOKENS_PER_BATCH // self.config.dataset.seq_len)
+        rows = min(rows, len(self.val_windows.inputs))
+        line |= evaluate(self.state.model, self.val_windows, rows, self.config.trainer.precision)
+        self.final_val_loss = line["val/loss"]
+        is_best = self.best_val_loss is None or line["val/loss"] < self.best_val_loss
+        if is_best:
+            self.best_val_loss, self.best_step = line["val/loss"], self.step
+        if self.config.trainer.sample_chars:
+            self.sample = self._sample()
+            with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"=== step {self.step}\n{self.sample}\n\n")
+            self.wandb.log_sample(self.step, self.sample)
+        return is_best
+
+    def _sample(self) -> str:
+        tokenizer = self.corpus.tokenizer
+        prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+        pieces = generate(
+            cast(self.state.model, self.dtype),
+            tokenizer.encode(prompt),
+            self.config.trainer.sample_chars,
+            max_seq_len=self.config.dataset.seq_len,
+            keys=random_key(self.config.seed, Stream.sample, self.step)[None],
+            temperature=SAMPLE_TEMPERATURE,
+        )
+        return "".join(tokenizer.decode(piece[0]) for piece in pieces)
+
+    def _save(self, name: str) -> None:
+        """Write checkpoints/NAME.eqx; where the disk refuses, say so and keep the one that is there."""
+        try:
+            checkpoint.save(self._checkpoint(name), self.state, self._header())
+        except OSError as error:
+            self.console.say(f"checkpoint not written ({error.strerror}); training goes on, the last good one stays")
+
+    def _stop_not_finite(self, step: int) -> None:
+        last = self._checkpoint("last")
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written before"
+        self._write_summary()
+        self.wandb.finish(self._summary(), exit_code=1)
+        raise RunFailed(
+            f"stopped at step {step}: loss or gradient was not finite in {self.config.trainer.max_skipped_steps} steps in a row;"
+            f" {kept}; try a smaller optimizer.learning_rate"
+        )
+
+    # ---- what it leaves behind
+
+    def finish(self, exit_code: int) -> None:
+        """Write the summary and the figure, hand over to W&B, show the end."""
+        self._write_summary()
+        title = (
+            f"{self.config.wandb.name}: {sum(self.parameters.values()):,} parameters, {self.config.dataset.name.name}"
+        )
+        draw_curves(
+            read_metrics(self.run_dir / "metrics.jsonl"), self.corpus.baselines, title, self.run_dir / "curves.png"
+        )
+        self.metrics_file.close()
+        self.wandb.finish(self._summary(), exit_code)
+        self._show_end(exit_code)
+
+    def _summary(self) -> dict[str, Any]:
+        speed = self.trained_tokens / self.trained_seconds if self.trained_seconds else None
+        return {
+            "best/val_loss": self.best_val_loss,
+            "best/step": self.best_step,
+            "final/val_loss": self.final_val_loss,
+            "final/step": self.step,
+            "tokens_per_second": speed,
+            "compile_seconds": self.compile_seconds,
+            "train_seconds": self._seconds(),
+            **self._derived(),
+        }
+
+    def _derived(self) -> dict[str, Any]:
+        """What follows from the configuration and is worth comparing runs by."""
+        return {
+            "mha_type": self.config.model.mha_type.name,
+            "num_params": sum(self.parameters.values()),
+            "kv_cache_bytes_per_token": self.cache_bytes,
+            "device": device_name(),
+            "dataset": self.config.dataset.name.name,
+            "corpus_sha256": self.corpus.sha256,
+            "versions": {"python": platform.python_version(), **self.versions},
+        }
+
+    def _write_summary(self) -> None:
+        temporary = self.run_dir / "summary.json.tmp"
+        temporary.write_text(json.dumps(self._summary(), indent=2) + "\n")
+        os.replace(temporary, self.run_dir / "summary.json")
+
+    def _header(self) -> checkpoint.Header:
+        return checkpoint.Header(
+            config=self.config,
+            vocabulary=self.corpus.tokenizer.vocabulary,
+            corpus_sha256=self.corpus.sha256,
+            step=self.step,
+            seconds=self._seconds(),
+            best_val_loss=self.best_val_loss,
+            best_step=self.best_step,
+            wandb_id=self.wandb.id,
+            versions=self.versions,
+        )
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.run_dir / "checkpoints" / f"{name}.eqx"
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    # ---- what a person sees
+
+    def _show_start(self) -> None:
+        model, corpus = self.config.model, self.corpus
+        context_bytes = self.cache_bytes * self.config.dataset.seq_len
+        baselines = corpus.baselines
+        facts = {
+            "attention": f"{model.mha_type.name} ({'rope' if model.rope else 'no rope'})",
+            "options": " ".join(f"{name}={value}" for name, value in differences(self.config).items())
+            or "all defaults",
+            "device": f"{device_name()}, {self.config.trainer.precision.name}, {self.peak_flops / 1e9:,.0f} GFLOP/s in matrix products",
+            "corpus": f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
+            f"{len(corpus.tokenizer)} symbols",
+            "baselines": f"ln V {baselines['uniform']:.3f}, unigram {baselines['unigram']:.3f}, "
+            f"bigram {baselines['bigram']:.3f} nats per character",
+            "KV cache": f"{self.cache_bytes:,} bytes per token, {context_bytes:,} at {self.config.dataset.seq_len} tokens",
+            "writes to": str(self.run_dir),
+        }
+        self.console.show_start(facts, self.parameters)
+        if model.mha_type is AttentionType.selective and not model.rope:
+            self.console.say(
+                "note: without RoPE, selective attention's per-query keys are the same for all keys and cancel"
+            )
+
+    def _show_end(self, exit_code: int) -> None:
+        summary = self._summary()
+        rows: dict[str, Any] = {"stopped": f"by a signal at step {self.step}"} if exit_code else {}
+        if self.best_val_loss is not None:
+            rows["best validation loss"] = f"{self.best_val_loss:.4f} nats per character, at step {self.best_step}"
+            rows["bigram baseline"] = f"{self.corpus.baselines['bigram']:.4f}"
+        rows["training"] = (
+            f"{self.step:,} steps in {summary['train_seconds']:.1f} s, compilation and evaluation included"
+        )
+        if summary["tokens_per_second"]:
+            rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
+        rows["figure"] = str(self.run_dir / "curves.png")
+        commands = {}
+        if self.wandb.sync_command:
+            commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
+        self.console.show_end(rows, self.sample, commands)
+
+
+def device_name() -> str:
+    device = jax.devices()[0]
+    return f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind

@@ -1,0 +1,189 @@
+"""One training step, many of them in one compiled call, and the evaluation of a whole split. Pure functions only."""
+
+from enum import Enum
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from chargpt.config import Config, Precision
+from chargpt.corpus import Windows, sample_batch
+from chargpt.model import GPT
+from chargpt.optimizer import make_optimizer, make_schedule
+
+Tree = TypeVar("Tree")
+
+
+class TrainState(eqx.Module):
+    """All that a run carries from step to step; the checkpoint holds exactly this."""
+
+    model: GPT
+    opt_state: PyTree
+    step: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class StepMetrics(eqx.Module):
+    loss: Float[Array, "*steps"]
+    grad_norm: Float[Array, "*steps"]
+    learning_rate: Float[Array, "*steps"]
+    skipped: Int[Array, "*steps"]
+    skipped_in_a_row: Int[Array, "*steps"]
+
+
+class Stream(Enum):
+    """Independent random streams of one seed."""
+
+    init = 0
+    step = 1
+    sample = 2
+
+
+def random_key(seed: int, stream: Stream, step: Int[Array, ""] | int = 0) -> PRNGKeyArray:
+    """The key of one purpose at one step: nothing random depends on what ran before."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream.value), step)
+
+
+def init_state(config: Config, vocab_size: int) -> TrainState:
+    """The state before the first step: everything in it follows from the configuration and `seed`."""
+    model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(config.seed, Stream.init))
+    optimizer = make_optimizer(config.optimizer, config.trainer.num_steps)
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(model, opt_state, step=zero, skipped_in_a_row=zero, skipped=zero)
+
+
+def compute_dtype(precision: Precision) -> Any:
+    return jnp.bfloat16 if precision is Precision.bfloat16 else jnp.float32
+
+
+def cast(tree: Tree, dtype: Any) -> Tree:
+    """`tree` with its floating-point arrays in `dtype`: parameters stay float32, only the computation is narrower."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
+
+
+def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Nats per token, in float32. One-hot targets: the gradient of an integer-label gather would be a scatter."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1]))
+
+
+def loss_fn(
+    model: GPT,
+    inputs: Int[Array, "batch t"],
+    targets: Int[Array, "batch t"],
+    key: PRNGKeyArray | None,
+    dtype: Any,
+) -> Float[Array, ""]:
+    """Mean cross-entropy of a batch; `key` turns dropout on."""
+    model = cast(model, dtype)
+    keys = None if key is None else jax.random.split(key, inputs.shape[0])
+    logits = jax.vmap(lambda tokens, key: model(tokens, key=key))(inputs, keys)
+    return cross_entropy(logits, targets).mean()
+
+
+def train_step(state: TrainState, tokens: Int[Array, " corpus"], config: Config) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step. Batch and dropout follow from (seed, step) alone, so an interrupted run repeats them exactly.
+
+    Where loss or gradient is not finite, parameters, moments and their count stay bit for bit as they were.
+    """
+    trainer = config.trainer
+    batch_key, dropout_key = jax.random.split(random_key(config.seed, Stream.step, state.step))
+    inputs, targets = sample_batch(tokens, batch_key, trainer.batch_size, config.dataset.seq_len)
+    loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    optimizer = make_optimizer(config.optimizer, trainer.num_steps)
+    params = eqx.filter(state.model, eqx.is_inexact_array)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
+    opt_state = keep_unless(finite, opt_state, state.opt_state)
+
+    new_state = TrainState(
+        model,
+        opt_state,
+        step=state.step + 1,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+    )
+    schedule = make_schedule(config.optimizer, trainer.num_steps)
+    learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
+    return new_state, StepMetrics(loss, grad_norm, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
+
+
+def accumulate_gradients(
+    model: GPT, inputs: Int[Array, "batch t"], targets: Int[Array, "batch t"], key: PRNGKeyArray, config: Config
+) -> tuple[Float[Array, ""], PyTree]:
+    """Loss and gradient of the batch mean, `trainer.grad_accum_steps` equal parts after one another: less memory."""
+    parts = config.trainer.grad_accum_steps
+    dtype = compute_dtype(config.trainer.precision)
+    dropout = config.model.dropout > 0
+    value_and_grad = eqx.filter_value_and_grad(loss_fn)
+    if parts == 1:
+        return value_and_grad(model, inputs, targets, key if dropout else None, dtype)
+
+    def add(total, part):
+        inputs, targets, key = part
+        return jax.tree.map(
+            jnp.add, total, value_and_grad(model, inputs, targets, key if dropout else None, dtype)
+        ), None
+
+    split = lambda batch: batch.reshape(parts, -1, batch.shape[-1])  # noqa: E731
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array)))
+    total, _ = jax.lax.scan(add, zeros, (split(inputs), split(targets), jax.random.split(key, parts)))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else n, new, old)
+
+
+def train_steps(
+    state: TrainState, tokens: Int[Array, " corpus"], config: Config, num_steps: int
+) -> tuple[TrainState, StepMetrics]:
+    """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def body(arrays, _):
+        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, config)
+        return eqx.filter(new_state, eqx.is_array), metrics
+
+    arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
+    return eqx.combine(arrays, static), metrics
+
+
+def score(
+    model: GPT, inputs: Int[Array, "windows t"], targets: Int[Array, "windows t"], weights: Float[Array, "windows t"]
+) -> tuple[Float[Array, " windows"], Float[Array, " windows"]]:
+    """Summed nats and correct predictions of each window."""
+    logits = jax.vmap(model)(inputs)
+    losses = cross_entropy(logits, targets) * weights
+    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+    return losses.sum(axis=-1), correct.sum(axis=-1)
+
+
+@eqx.filter_jit
+def _score_jit(model: GPT, inputs, targets, weights, dtype):
+    return score(cast(model, dtype), inputs, targets, weights)
+
+
+def evaluate(model: GPT, windows: Windows, batch_size: int, precision: Precision) -> dict[str, float]:
+    """Loss (nats per character), bits per character and accuracy over all windows: exact, and the same every time."""
+    count = len(windows.inputs)
+    padding = -count % batch_size
+    losses, correct = 0.0, 0.0
+    pad = lambda rows: np.pad(rows, ((0, padding), (0, 0)))  # noqa: E731
+    inputs, targets, weights = pad(windows.inputs), pad(windows.targets), pad(windows.weights)
+    for start in range(0, count + padding, batch_size):
+        rows = slice(start, start + batch_size)
+        batch = _score_jit(model, inputs[rows], targets[rows], weights[rows], compute_dtype(precision))
+        losses += float(np.asarray(batch[0], np.float64).sum())
+        correct += float(np.asarray(batch[1], np.float64).sum())
+    loss = losses / windows.num_targets
+    return {"val/loss": loss, "val/accuracy": correct / windows.num_targets, "val/bpc": loss / float(np.log(2))}

@@ -1,0 +1,40 @@
+"""What several test files need: the real configuration composed with overrides, and small texts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["WANDB_MODE"] = "disabled"  # no test talks to a server unless it starts one on loopback itself
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from chargpt import config
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "model.d_model=16",
+    "model.num_layers=2",
+    "model.num_heads=4",
+    "dataset.seq_len=16",
+    "trainer.batch_size=4",
+] + [f"model.mla.{name}" for name in ("kv_lora_rank=8", "qk_nope_head_dim=4", "qk_rope_head_dim=4", "v_head_dim=8")]
+
+
+def make_config(*overrides: str) -> config.Config:
+    """configs/default.yaml with overrides, as main.py composes it."""
+    config.register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return config.parse(compose("default", list(overrides)))
+
+
+def small_config(*overrides: str) -> config.Config:
+    """A model that compiles and trains in moments."""
+    return make_config(*SMALL, *overrides)
+
+
+@pytest.fixture(params=list(config.AttentionType), ids=lambda kind: kind.name)
+def mha_type(request: pytest.FixtureRequest) -> config.AttentionType:
+    """Every attention type in turn."""
+    return request.param
