@@ -18,6 +18,10 @@ def main(composed: DictConfig) -> float:
 
 
 def run(composed: DictConfig) -> float:
+    if composed.resume is not None:
+        from chargpt.run import resume
+
+        return resume(cli.run_directory(), cli.task_overrides())
     settings = config.parse(composed)
     from chargpt.run import train  # JAX and all that follow: a typo was answered before them
 

@@ -45,7 +45,6 @@ class Header:
     seconds: float  # wall time trained so far
     best_val_loss: float | None
     best_step: int | None
-    wandb_id: str | None
     versions: dict[str, str]
 
     def to_json(self, leaves: list[list[Any]]) -> bytes:
@@ -59,26 +58,25 @@ def describe_leaves(tree: PyTree) -> list[list[Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)  # noqa: E731
     return [
-        [jax.tree_util.keystr(path).lstrip("."), str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in leaves
-        if is_array(leaf)
+        [jax.tree_util.keystr(path).lstrip("."), str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves if is_array(leaf)
     ]
 
 
 def save(path: Path, state: TrainState, header: Header) -> None:
-    """Write the checkpoint durably: a temporary file, fsync, rename, fsync of the folder. OSError where that fails.
-
-    The old file stays until the new one is whole. A failed attempt leaves nothing behind.
-    """
+    """Write the checkpoint; OSError where that fails, and then the old file is still there and nothing else is."""
     body = io.BytesIO()
     body.write(header.to_json(describe_leaves(state)))
     eqx.tree_serialise_leaves(body, jax.device_get(state), filter_spec=_write_leaf)
     data = body.getbuffer()
+    write_durably(path, data, hashlib.sha256(data).digest())
+
+
+def write_durably(path: Path, *contents: bytes | memoryview) -> None:
+    """Replace the file at `path` whole or not at all, even if the machine stops: write aside, fsync, rename, fsync."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
-            file.write(hashlib.sha256(data).digest())
+            file.writelines(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -26,6 +26,11 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def task_overrides() -> list[str]:
+    """The overrides typed for this run, Hydra's own left out."""
+    return list(HydraConfig.get().overrides.task)
+
+
 def fail(error: Exception) -> int:
     """Print what went wrong as one line; the exit code that goes with it."""
     print(f"error: {explain(error)}", file=sys.stderr)
@@ -64,6 +69,8 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, ConfigError | RunFailed):
         return text
+    if resolving := re.search(r"ConfigError raised while resolving interpolation: (.*)", text):
+        return resolving.group(1)
     cause = str(error.__cause__ or "")
     if unknown := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", cause or text):
         full_key = re.search(r"full_key: (\S+)", cause or text)

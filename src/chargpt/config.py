@@ -16,7 +16,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -31,6 +30,9 @@ class AttentionType(Enum):
     gqa = "gqa"
     mla = "mla"
     equinox = "equinox"
+
+    def __str__(self) -> str:
+        return self.name  # what ${model.mha_type} becomes in a run's name
 
 
 class Activation(Enum):
@@ -89,9 +91,7 @@ def require_at_least(group: str, config: Any, minimum: int, names: Iterable[str]
         require(value is None or value >= minimum, f"{group}{name}={value}: must be at least {minimum}")
 
 
-def require_between(
-    group: str, config: Any, low: float, high: float, names: Iterable[str], *, closed: str = ""
-) -> None:
+def require_between(group: str, config: Any, low: float, high: float, names: Iterable[str], *, closed: str = "") -> None:
     """Every named field that is set is finite and strictly between the bounds; `closed` names bounds that are allowed."""
     for name in names:
         value = getattr(config, name)
@@ -172,9 +172,7 @@ class ModelConfig:
                 AttentionType.mla: "normalised keys cannot be absorbed into the query",
                 AttentionType.equinox: "eqx.nn.MultiheadAttention is the reference as it is",
             }.get(self.mha_type)
-            require(
-                reason is None, f"model.qk_norm=true: {kind} attention has none ({reason}); write model.qk_norm=false"
-            )
+            require(reason is None, f"model.qk_norm=true: {kind} attention has none ({reason}); write model.qk_norm=false")
 
     @property
     def head_width(self) -> int:
@@ -259,21 +257,8 @@ class TrainerConfig:
     max_skipped_steps: int
 
     def __post_init__(self) -> None:
-        require_at_least(
-            "trainer.",
-            self,
-            1,
-            [
-                "num_steps",
-                "batch_size",
-                "grad_accum_steps",
-                "log_every",
-                "eval_every",
-                "eval_tokens",
-                "checkpoint_every",
-            ]
-            + ["max_skipped_steps"],
-        )
+        positive = ["num_steps", "batch_size", "grad_accum_steps", "log_every", "eval_every", "eval_tokens"]
+        require_at_least("trainer.", self, 1, [*positive, "checkpoint_every", "max_skipped_steps"])
         require_at_least("trainer.", self, 0, ["sample_chars"])
         require(
             self.batch_size % self.grad_accum_steps == 0,
@@ -312,9 +297,19 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and the resolver that turns a run's name into a folder's name."""
+    """Make the schema known to Hydra, and the resolvers that configs/default.yaml uses to place a run."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("hydra_files", lambda resume: ".hydra" if resume is None else None, replace=True)
+
+
+def run_dir(resume: str | None, fresh: str) -> str:
+    """Where a run lives: the directory that it continues in, or a fresh one."""
+    if resume is None:
+        return fresh
+    require((Path(resume) / "config.yaml").is_file(), f"resume={resume}: is no run directory (it has no config.yaml)")
+    return resume
 
 
 def slug(name: str) -> str:
@@ -360,9 +355,7 @@ def differences(config: Config) -> dict[str, Any]:
     default = OmegaConf.to_container(OmegaConf.load(CONFIGS / "default.yaml"))
     assert isinstance(default, dict)
     chosen, usual = flatten(to_plain(config)), flatten(default)
-    return {
-        name: value for name, value in chosen.items() if value != usual[name] and not str(usual[name]).startswith("${")
-    }
+    return {name: value for name, value in chosen.items() if value != usual[name] and not str(usual[name]).startswith("${")}
 
 
 def option_names() -> list[str]:

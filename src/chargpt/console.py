@@ -89,9 +89,7 @@ class RunConsole:
         )
         if sample:
             line = " / ".join(part for part in sample.split("\n") if part.strip())
-            self._console.print(
-                Text("        " + line[: max(20, self._console.width - 10)], style="dim"), soft_wrap=True
-            )
+            self._console.print(Text("        " + line[: max(20, self._console.width - 10)], style="dim"), soft_wrap=True)
 
     def show_end(self, summary: dict[str, Any], sample: str, next_commands: dict[str, str]) -> None:
         """The result, the text, and what to type next."""

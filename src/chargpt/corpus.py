@@ -89,9 +89,7 @@ def load_corpus(config: DatasetConfig) -> Corpus:
             f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
         ) from error
     tokenizer = CharTokenizer.from_text(text)
-    require(
-        len(tokenizer) > 1, f"dataset {config.name.name}: holds fewer than two different characters: nothing to learn"
-    )
+    require(len(tokenizer) > 1, f"dataset {config.name.name}: holds fewer than two different characters: nothing to learn")
     tokens = tokenizer.encode(text)
     cut = len(tokens) - int(len(tokens) * config.val_fraction)
     corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(data).hexdigest())
@@ -153,9 +151,7 @@ def download(url: str, sha256: str, path: Path) -> bytes:
             "write dataset.name=shakespeare (bundled), or dataset.name=file dataset.filepath=PATH"
         ) from error
     found = hashlib.sha256(data).hexdigest()
-    require(
-        found == sha256, f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})"
-    )
+    require(found == sha256, f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)

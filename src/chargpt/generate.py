@@ -1,5 +1,6 @@
 """Text from a model: a static KV cache, the whole loop compiled."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from chargpt.model import GPT
 
@@ -48,54 +49,84 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    tokens_per_piece: int = 32,
 ) -> Iterator[Int[np.ndarray, "samples new"]]:
-    """Continue `prompt` by `num_tokens` tokens, one sample per key, in pieces as they are made.
+    """Continue `prompt` by `num_tokens` tokens, one sample per key, yielded in pieces as they are made.
 
     The cache holds `max_seq_len` tokens, the context that the model was trained on. When it is full, the last half of it is
     read again into an empty cache, at positions from 0, and the text goes on from there: so every token is predicted from
-    at least the last max_seq_len // 2 tokens, and a text of any length costs the same per token.
+    at least the last max_seq_len // 2 tokens, and a text of any length costs the same per token. Token i of a sample is
+    drawn with fold_in(key, i): the text does not depend on the size of the pieces, nor on the other samples.
     """
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
+    how = Sampling(temperature, top_k, top_p)
     keep = max(1, max_seq_len // 2)
-    context = jnp.broadcast_to(jnp.asarray(prompt), (keys.shape[0], len(prompt)))
-    if len(prompt) > max_seq_len - 1:
+    context = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (keys.shape[0], len(prompt)))
+    if len(prompt) >= max_seq_len:
         context = context[:, -keep:]
     made = 0
     while made < num_tokens:
-        new_tokens = max(1, max_seq_len - context.shape[1])
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, made)
-        piece = _continue(model, context, step_keys, new_tokens, max_seq_len, temperature, top_k, top_p)
-        yield np.asarray(piece[:, : num_tokens - made])
-        made += new_tokens
-        context = jnp.concatenate([context, piece], axis=1)[:, -keep:]
+        position = context.shape[1]
+        room = max(1, max_seq_len - position) - 1
+        new, cache = _read(model, context, keys, jnp.asarray(made), max_seq_len, how)
+        piece = new
+        while True:
+            yield np.asarray(piece[:, : num_tokens - made])
+            made += piece.shape[1]
+            if made >= num_tokens or room == 0:
+                break
+            length = min(tokens_per_piece, room)
+            where = jnp.asarray(position), jnp.asarray(made)
+            piece, cache = _advance((model, piece[:, -1], keys, *where, length, how), cache)
+            new = jnp.concatenate([new, piece], axis=1)
+            position, room = position + length, room - length
+        context = jnp.concatenate([context, new], axis=1)[:, -keep:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; fixed when the loop is compiled."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __call__(self, logits: Float[Array, " vocab"], key: PRNGKeyArray, index: Int[Array, ""]) -> Int[Array, ""]:
+        return sample_token(logits, jax.random.fold_in(key, index), self.temperature, self.top_k, self.top_p)
 
 
 @eqx.filter_jit
-def _continue(
+def _read(
     model: GPT,
     context: Int[Array, "samples t"],
     keys: Key[Array, " samples"],
-    new_tokens: int,
+    index: Int[Array, ""],
     max_seq_len: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Int[Array, "samples {new_tokens}"]:
-    """Read `context` into a fresh cache and draw `new_tokens` more tokens; the last of them is not read back."""
-    pick = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
+    how: Sampling,
+) -> tuple[Int[Array, "samples 1"], PyTree]:
+    """Read `context` into a fresh cache and draw token number `index` of every sample."""
 
     def one_sample(context, key):
         logits, cache = model.decode(context, model.init_cache(max_seq_len), 0)
-        first = pick(logits[-1], jax.random.fold_in(key, 0))
-
-        def step(carry, index):
-            token, cache = carry
-            logits, cache = model.decode(token[None], cache, context.shape[0] + index - 1)
-            token = pick(logits[0], jax.random.fold_in(key, index))
-            return (token, cache), token
-
-        _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, new_tokens))
-        return jnp.concatenate([first[None], rest])
+        return how(logits[-1], key, index)[None], cache
 
     return jax.vmap(one_sample)(context, keys)
+
+
+@functools.partial(eqx.filter_jit, donate="all-except-first")
+def _advance(kept: tuple, cache: PyTree) -> tuple[Int[Array, "samples length"], PyTree]:
+    """Draw `length` more tokens: `token`, the newest, goes in at `position`; the one that follows has number `index`."""
+    model, token, keys, position, index, length, how = kept
+
+    def one_sample(cache, token, key):
+        def step(carry, i):
+            token, cache = carry
+            logits, cache = model.decode(token[None], cache, position + i)
+            token = how(logits[0], key, index + i)
+            return (token, cache), token
+
+        (_, cache), tokens = jax.lax.scan(step, (token, cache), jnp.arange(length))
+        return tokens, cache
+
+    return jax.vmap(one_sample)(cache, token, keys)

@@ -128,9 +128,7 @@ class GPT(eqx.Module):
         self.final_norm = make_norm(config.norm, config.d_model) if config.norm_position is NormPosition.pre else None
         self.head = None
         if not config.tie_embeddings:
-            self.head = init_weights(
-                eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key), key=head_key
-            )
+            self.head = init_weights(eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key), key=head_key)
         self.dropout = eqx.nn.Dropout(config.dropout)
         self.num_layers = config.num_layers
 
@@ -153,7 +151,8 @@ class GPT(eqx.Module):
     def layers(self) -> tuple[Block, ...]:
         """The blocks one by one."""
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
-        return tuple(eqx.combine(jax.tree.map(lambda leaf: leaf[i], arrays), static) for i in range(self.num_layers))
+        layer = lambda i: jax.tree.map(lambda leaf: leaf[i], arrays)  # noqa: E731
+        return tuple(eqx.combine(layer(i), static) for i in range(self.num_layers))
 
     def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
         """Every layer's empty KV cache."""

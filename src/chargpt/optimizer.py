@@ -36,7 +36,5 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     """Gradient clipping by global norm, then AdamW (arXiv 1711.05101) under the schedule."""
     schedule = make_schedule(config, num_steps)
     clip = optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip)
-    adamw = optax.adamw(
-        schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
-    )
+    adamw = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
     return optax.chain(clip, adamw)

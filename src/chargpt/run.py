@@ -9,7 +9,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from omegaconf import OmegaConf
 
 from chargpt import checkpoint
 from chargpt.cli import RunFailed
-from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
+from chargpt.config import AttentionType, Config, ConfigError, Schedule, differences, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token, measure_peak_flops
 from chargpt.generate import generate
 from chargpt.report import draw_curves
+from chargpt.resume import check_corpus, cut_records, load_newest, read_config, with_overrides
 from chargpt.tracking import MetricsFile, WandbRun, read_metrics
 from chargpt.train import (
     StepMetrics,
@@ -52,15 +53,46 @@ def train(config: Config, run_dir: Path) -> float:
     """
     console = RunConsole()
     with lock(run_dir), StopSignal() as stop:
-        run = Run(config, run_dir, load_corpus(config.dataset), console)
-        with console.progress(config.trainer.num_steps, run.step):
-            run.loop(stop)
-        exit_code = 0 if stop.number is None else 128 + stop.number
-        run.finish(exit_code)
-    if exit_code:
-        raise SystemExit(exit_code)
-    assert run.best_val_loss is not None
-    return run.best_val_loss
+        if (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(f"{run_dir}: already holds a run; write resume={run_dir}, or another hydra.run.dir=DIR")
+        return Run(config, run_dir, load_corpus(config.dataset), console).train(stop)
+
+
+def resume(run_dir: Path, overrides: Sequence[str]) -> float:
+    """Go on with the run in `run_dir`, its configuration changed by `overrides` alone; otherwise as `train`."""
+    console = RunConsole()
+    with lock(run_dir), StopSignal() as stop:
+        config, restored = restore(run_dir, overrides, console)
+        corpus = load_corpus(config.dataset)
+        if restored is not None:
+            header = restored[1]
+            check_corpus(header, corpus)
+            if header.step >= config.trainer.num_steps and header.best_val_loss is not None:
+                console.say(f"already complete at step {header.step}: a larger trainer.num_steps goes on")
+                return header.best_val_loss
+        cut_records(run_dir, 0 if restored is None else restored[1].step)
+        return Run(config, run_dir, corpus, console, restored).train(stop)
+
+
+def restore(
+    run_dir: Path, overrides: Sequence[str], console: RunConsole
+) -> tuple[Config, tuple[TrainState, checkpoint.Header] | None]:
+    """The configuration and the newest whole checkpoint (None: not one yet) of the run in `run_dir`."""
+    restored = load_newest(run_dir, console.say)
+    old = read_config(run_dir / "config.yaml") if restored is None else restored[1].config
+    config, changed = with_overrides(old, overrides)
+    step = 0 if restored is None else restored[1].step
+    console.say(f"resuming {run_dir} at step {step}" + ("" if restored else " (it had no checkpoint yet)"))
+    for name, (was, now) in changed.items():
+        console.say(f"  {name}: {was} -> {now}")
+    if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
+        console.say("  the learning-rate schedule is the one of the new length from here on")
+    if restored is not None:
+        versions = package_versions()
+        for name, was in restored[1].versions.items():
+            if versions.get(name) != was:
+                console.say(f"  not bit-exact: {name} {was} -> {versions.get(name)}")
+    return config, restored
 
 
 @contextlib.contextmanager
@@ -70,9 +102,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
-                f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR"
-            ) from error
+            raise ConfigError(f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR") from error
         yield
 
 
@@ -114,16 +144,28 @@ class Chunk:
 class Run:
     """One training run in its directory."""
 
-    def __init__(self, config: Config, run_dir: Path, corpus: Corpus, console: RunConsole):
-        if (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(f"{run_dir}: already holds a run; write another hydra.run.dir=DIR")
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        corpus: Corpus,
+        console: RunConsole,
+        restored: tuple[TrainState, checkpoint.Header] | None = None,
+    ):
         self.config, self.run_dir, self.corpus, self.console = config, run_dir, corpus, console
         self.dtype = compute_dtype(config.trainer.precision)
-        self.state: TrainState = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)))()
+        self.versions = package_versions()
         self.step = 0
         self.seconds_before = 0.0
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
+        self.state: TrainState
+        if restored is None:
+            self.state = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)))()
+        else:
+            self.state, header = restored
+            self.step, self.seconds_before = header.step, header.seconds
+            self.best_val_loss, self.best_step = header.best_val_loss, header.best_step
         self.final_val_loss: float | None = None
         self.sample = ""
         self.trained_tokens, self.trained_seconds = 0, 0.0
@@ -136,17 +178,26 @@ class Run:
         self.flops_per_token = flops_per_token(model, config.model, config.dataset.seq_len)
         self.tokens = jnp.asarray(corpus.train)
         self.val_windows = make_windows(corpus.val, config.dataset.seq_len, config.trainer.eval_tokens)
-        self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-
         (run_dir / "checkpoints").mkdir(exist_ok=True)
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+        checkpoint.write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
         self._show_start()
         self.metrics_file = MetricsFile(run_dir / "metrics.jsonl")
-        self.wandb = WandbRun(config, self._derived(), run_dir, None, console.say)
+        self.wandb = WandbRun(config, self._derived(), run_dir, console.say)
         self.began = time.perf_counter()
         self._compile()
 
     # ---- the loop
+
+    def train(self, stop: StopSignal) -> float:
+        """Run to the end, or to the signal; the best validation loss."""
+        with self.console.progress(self.config.trainer.num_steps, self.step):
+            self.loop(stop)
+        exit_code = 0 if stop.number is None else 128 + stop.number
+        self.finish(exit_code)
+        if exit_code:
+            raise SystemExit(exit_code)
+        assert self.best_val_loss is not None
+        return self.best_val_loss
 
     def loop(self, stop: StopSignal) -> None:
         """Dispatch chunk after chunk; look at one while the next is computed, except where something is due between."""
@@ -254,13 +305,17 @@ class Run:
             max_seq_len=self.config.dataset.seq_len,
             keys=random_key(self.config.seed, Stream.sample, self.step)[None],
             temperature=SAMPLE_TEMPERATURE,
+            tokens_per_piece=self.config.dataset.seq_len,
         )
         return "".join(tokenizer.decode(piece[0]) for piece in pieces)
 
     def _save(self, name: str) -> None:
         """Write checkpoints/NAME.eqx; where the disk refuses, say so and keep the one that is there."""
+        path = self._checkpoint(name)
         try:
-            checkpoint.save(self._checkpoint(name), self.state, self._header())
+            if name == "last" and path.exists():
+                keep_as(path, self._checkpoint("previous"))
+            checkpoint.save(path, self.state, self._header())
         except OSError as error:
             self.console.say(f"checkpoint not written ({error.strerror}); training goes on, the last good one stays")
 
@@ -270,8 +325,8 @@ class Run:
         self._write_summary()
         self.wandb.finish(self._summary(), exit_code=1)
         raise RunFailed(
-            f"stopped at step {step}: loss or gradient was not finite in {self.config.trainer.max_skipped_steps} steps in a row;"
-            f" {kept}; try a smaller optimizer.learning_rate"
+            f"stopped at step {step}: loss or gradient was not finite in {self.config.trainer.max_skipped_steps} steps "
+            f"in a row; {kept}; try a smaller optimizer.learning_rate"
         )
 
     # ---- what it leaves behind
@@ -279,12 +334,8 @@ class Run:
     def finish(self, exit_code: int) -> None:
         """Write the summary and the figure, hand over to W&B, show the end."""
         self._write_summary()
-        title = (
-            f"{self.config.wandb.name}: {sum(self.parameters.values()):,} parameters, {self.config.dataset.name.name}"
-        )
-        draw_curves(
-            read_metrics(self.run_dir / "metrics.jsonl"), self.corpus.baselines, title, self.run_dir / "curves.png"
-        )
+        title = f"{self.config.wandb.name}: {sum(self.parameters.values()):,} parameters, {self.config.dataset.name.name}"
+        draw_curves(read_metrics(self.run_dir / "metrics.jsonl"), self.corpus.baselines, title, self.run_dir / "curves.png")
         self.metrics_file.close()
         self.wandb.finish(self._summary(), exit_code)
         self._show_end(exit_code)
@@ -315,9 +366,7 @@ class Run:
         }
 
     def _write_summary(self) -> None:
-        temporary = self.run_dir / "summary.json.tmp"
-        temporary.write_text(json.dumps(self._summary(), indent=2) + "\n")
-        os.replace(temporary, self.run_dir / "summary.json")
+        checkpoint.write_durably(self.run_dir / "summary.json", (json.dumps(self._summary(), indent=2) + "\n").encode())
 
     def _header(self) -> checkpoint.Header:
         return checkpoint.Header(
@@ -328,7 +377,6 @@ class Run:
             seconds=self._seconds(),
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
-            wandb_id=self.wandb.id,
             versions=self.versions,
         )
 
@@ -346,9 +394,9 @@ class Run:
         baselines = corpus.baselines
         facts = {
             "attention": f"{model.mha_type.name} ({'rope' if model.rope else 'no rope'})",
-            "options": " ".join(f"{name}={value}" for name, value in differences(self.config).items())
-            or "all defaults",
-            "device": f"{device_name()}, {self.config.trainer.precision.name}, {self.peak_flops / 1e9:,.0f} GFLOP/s in matrix products",
+            "options": " ".join(f"{name}={value}" for name, value in differences(self.config).items()) or "all defaults",
+            "device": f"{device_name()}, {self.config.trainer.precision.name}, "
+            f"{self.peak_flops / 1e9:,.0f} GFLOP/s in matrix products",
             "corpus": f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.tokenizer)} symbols",
             "baselines": f"ln V {baselines['uniform']:.3f}, unigram {baselines['unigram']:.3f}, "
@@ -358,9 +406,7 @@ class Run:
         }
         self.console.show_start(facts, self.parameters)
         if model.mha_type is AttentionType.selective and not model.rope:
-            self.console.say(
-                "note: without RoPE, selective attention's per-query keys are the same for all keys and cancel"
-            )
+            self.console.say("note: without RoPE, selective attention's per-query keys are the same for all keys and cancel")
 
     def _show_end(self, exit_code: int) -> None:
         summary = self._summary()
@@ -368,9 +414,7 @@ class Run:
         if self.best_val_loss is not None:
             rows["best validation loss"] = f"{self.best_val_loss:.4f} nats per character, at step {self.best_step}"
             rows["bigram baseline"] = f"{self.corpus.baselines['bigram']:.4f}"
-        rows["training"] = (
-            f"{self.step:,} steps in {summary['train_seconds']:.1f} s, compilation and evaluation included"
-        )
+        rows["training"] = f"{self.step:,} steps in {summary['train_seconds']:.1f} s, compilation and evaluation included"
         if summary["tokens_per_second"]:
             rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
         rows["figure"] = str(self.run_dir / "curves.png")
@@ -378,6 +422,18 @@ class Run:
         if self.wandb.sync_command:
             commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
         self.console.show_end(rows, self.sample, commands)
+
+
+def keep_as(path: Path, other: Path) -> None:
+    """Let `other` name the file at `path` too, which the next save will replace: there is a whole checkpoint throughout."""
+    link = other.with_suffix(".tmp")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, other)
+
+
+def package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def device_name() -> str:

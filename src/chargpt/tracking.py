@@ -8,6 +8,7 @@ import json
 import math
 import os
 import queue
+import shlex
 import threading
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ from chargpt.config import Config, Mode, to_plain
 INIT_TIMEOUT = 20.0  # seconds, each of them a bound
 PROBE_TIMEOUT = 5.0
 FINISH_TIMEOUT = 20.0
+TABLE_TIMEOUT = 20.0  # wandb's own, 17.5, and a little
 
 
 class MetricsFile:
@@ -48,25 +50,27 @@ def read_metrics(path: Path) -> list[dict[str, int | float | None]]:
 class WandbRun:
     """One Weights & Biases run, online or offline, behind a queue.
 
-    `say` prints a line to the person. `id` is the W&B run id (None: W&B is off), to be kept for a resume.
+    `say` prints a line to the person. `id` is the W&B run id (None: W&B is off); it is kept in wandb/run_id, so that a
+    resumed run is the same W&B run.
     """
 
-    def __init__(
-        self, config: Config, derived: dict[str, Any], run_dir: Path, run_id: str | None, say: Callable[[str], None]
-    ):
+    def __init__(self, config: Config, derived: dict[str, Any], run_dir: Path, say: Callable[[str], None]):
         self.id: str | None = None
         self.sync_command: str | None = None  # what uploads an offline run
         self._say = say
         self._samples: list[tuple[int, str]] = []
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._run: Any = None
+        self._exit_code = 0
+        self._tables_arrive = True
+        self._thread: threading.Thread | None = None
         self._failed = config.mode is Mode.disabled
         if self._failed:
             return
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
         started = threading.Event()
-        self._tasks.put(lambda: self._init(config, derived, run_dir, run_id, started))
+        self._tasks.put(lambda: self._init(config, derived, run_dir, started))
         if not started.wait(2 * INIT_TIMEOUT + PROBE_TIMEOUT):
             self._fail("it did not start in time")
 
@@ -80,44 +84,51 @@ class WandbRun:
 
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
         """Hand over the summary and wait, a bounded time, until W&B has it."""
-        if self._failed:
+        if self._thread is None:
             return
-        self._tasks.put(lambda: self._finish(summary, exit_code))
+        self._exit_code = exit_code
+        self._tasks.put(lambda: self._run.summary.update(summary))
         self._tasks.put(None)
-        self._thread.join(FINISH_TIMEOUT + 10)
+        self._thread.join(FINISH_TIMEOUT + TABLE_TIMEOUT)
         if self._thread.is_alive():
             self._fail("it did not finish in time")
+        if self._failed:
+            abandon_service()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            if self._failed:
-                continue
-            try:
-                task()
-            except Exception as error:
-                self._fail(f"{type(error).__name__}: {error}")
+            if not self._failed:
+                self._attempt(task)
+        if self._run is not None:
+            self._attempt(lambda: self._run.finish(exit_code=self._exit_code))
+
+    def _attempt(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
-            self._say(
-                f"W&B: stopped ({' '.join(reason.split())[:200]}); training goes on, metrics.jsonl has everything"
-            )
+            if self._run is not None:
+                self.sync_command = sync_command(self._run)  # wandb-core writes to disk before it sends
+            self._say(f"W&B: stopped ({' '.join(reason.split())[:200]}); training goes on, metrics.jsonl has everything")
 
-    def _init(
-        self, config: Config, derived: dict[str, Any], run_dir: Path, run_id: str | None, started: threading.Event
-    ) -> None:
+    def _init(self, config: Config, derived: dict[str, Any], run_dir: Path, started: threading.Event) -> None:
         try:
-            self._start(config, derived, run_dir, run_id)
+            self._start(config, derived, run_dir)
         finally:
             started.set()
 
-    def _start(self, config: Config, derived: dict[str, Any], run_dir: Path, run_id: str | None) -> None:
+    def _start(self, config: Config, derived: dict[str, Any], run_dir: Path) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else even an offline run opens a connection
         import wandb
 
+        id_file = run_dir / "wandb" / "run_id"
+        run_id = id_file.read_text().strip() if id_file.is_file() else None
         mode = config.mode.name
-        if config.mode is Mode.online and (reason := why_not_online(wandb.setup().settings)):
+        if config.mode is Mode.online and (reason := why_not_online(wandb.setup(wandb.Settings(silent=True)).settings)):
             self._say(f"W&B: {reason}; this run is logged offline")
             mode = "offline"
         settings = wandb.Settings(
@@ -125,6 +136,7 @@ class WandbRun:
             console="off",
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
         )
         arguments = dict(
@@ -149,27 +161,52 @@ class WandbRun:
             mode = "offline"
             self._run = wandb.init(mode=mode, **arguments)
         self.id = self._run.id
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(f"{self.id}\n")
         self._run.define_metric("*", step_metric="trainer/step")
         if mode == "offline":
-            self.sync_command = f"wandb sync {Path(self._run.dir).parent}"
+            self.sync_command = sync_command(self._run)
 
     def _log_samples(self, step: int, rows: list[tuple[int, str]]) -> None:
         import wandb
 
+        if not self._tables_arrive:
+            return
         table = wandb.Table(columns=["step", "text"], data=rows)
-        self._run.log({"samples": table, "trainer/step": step})
+        try:
+            self._run.log({"samples": table, "trainer/step": step})
+        except wandb.Error:  # a table alone asks the server, and waits long for one that is gone: not a second time
+            self._tables_arrive = False
 
-    def _finish(self, summary: dict[str, Any], exit_code: int) -> None:
-        for name, value in summary.items():
-            self._run.summary[name] = value
-        self._run.finish(exit_code=exit_code)
+
+def sync_command(run: Any) -> str:
+    return f"wandb sync {'' if run.offline else '--include-online '}{shlex.quote(str(Path(run.dir).parent))}"
+
+
+def abandon_service() -> None:
+    """End wandb-core at once, so that neither the interpreter's exit nor the next run in this process waits for it."""
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib.service import service_token
+
+    singleton, wandb_setup._singleton = wandb_setup._singleton, None
+    connection = singleton and singleton._connection
+    if connection and connection._proc:
+        connection._finalizer._queue.put(None)  # its thread would complain of the lost connection
+        connection._cleanup()  # its atexit hook, which waits without a bound
+        service_token.clear_service_in_env()
+        connection._proc._process.kill()
+        connection._proc._process.wait()
 
 
 def why_not_online(settings: Any) -> str | None:
     """The reason an online run cannot start, or None. Asked first: a failed online start can spoil an offline one."""
+    import wandb
     from wandb.sdk.lib import wbauth
 
-    key = os.environ.get("WANDB_API_KEY") or settings.api_key or wbauth.read_netrc_auth(host=settings.base_url)
+    try:
+        key = os.environ.get("WANDB_API_KEY") or settings.api_key or wbauth.read_netrc_auth(host=settings.base_url)
+    except wandb.Error as error:
+        return " ".join(str(error).split())
     if not key:
         return "no API key (write `wandb login`, or set WANDB_API_KEY)"
     try:

@@ -1,5 +1,6 @@
 """One training step, many of them in one compiled call, and the evaluation of a whole split. Pure functions only."""
 
+import functools
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -54,8 +55,8 @@ def init_state(config: Config, vocab_size: int) -> TrainState:
     model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(config.seed, Stream.init))
     optimizer = make_optimizer(config.optimizer, config.trainer.num_steps)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(model, opt_state, step=zero, skipped_in_a_row=zero, skipped=zero)
+    zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
+    return TrainState(model, opt_state, step=zero(), skipped_in_a_row=zero(), skipped=zero())
 
 
 def compute_dtype(precision: Precision) -> Any:
@@ -130,9 +131,7 @@ def accumulate_gradients(
 
     def add(total, part):
         inputs, targets, key = part
-        return jax.tree.map(
-            jnp.add, total, value_and_grad(model, inputs, targets, key if dropout else None, dtype)
-        ), None
+        return jax.tree.map(jnp.add, total, value_and_grad(model, inputs, targets, key if dropout else None, dtype)), None
 
     split = lambda batch: batch.reshape(parts, -1, batch.shape[-1])  # noqa: E731
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array)))

@@ -36,9 +36,7 @@ def make_attention(config: ModelConfig, *, key: PRNGKeyArray) -> AbstractAttenti
                 key=key,
             )
         case AttentionType.selective:
-            return SelectiveAttention(
-                d_model=config.d_model, num_heads=config.num_heads, rope_theta=rope_theta, key=key
-            )
+            return SelectiveAttention(d_model=config.d_model, num_heads=config.num_heads, rope_theta=rope_theta, key=key)
         case AttentionType.mla:
             return MultiHeadLatentAttention(
                 d_model=config.d_model,

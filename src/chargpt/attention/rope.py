@@ -10,9 +10,7 @@ def rope_angles(positions: Int[Array, " t"], head_dim: int, theta: float) -> Flo
     return positions[:, None] * frequencies
 
 
-def apply_rope(
-    x: Float[Array, "t heads h"], positions: Int[Array, " t"], theta: float | None
-) -> Float[Array, "t heads h"]:
+def apply_rope(x: Float[Array, "t heads h"], positions: Int[Array, " t"], theta: float | None) -> Float[Array, "t heads h"]:
     """Turn the pair (x[i], x[i + h/2]) of every head by its angle at its position; `theta` None leaves x as it is.
 
     Computed in float32, returned in the dtype of `x`. Query·key then depends on positions by their difference alone.

@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make train` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# CUDA JAX where an NVIDIA GPU is present, CPU JAX otherwise
+LOCK := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.lock,requirements.lock)
+
+help:
+	@echo 'make setup               the environment in .venv, from $(LOCK)'
+	@echo 'make train [ARGS="…"]    train; ARGS are overrides: ARGS="model.mha_type=mla trainer.num_steps=50"'
+	@echo 'make test                lint, types, all tests'
+	@echo 'make lint                ruff and mypy alone'
+	@echo 'make bench               a training step of every attention type, against a flat JAX step'
+	@echo 'make lock                resolve the lock files anew (needs uv)'
+	@echo 'make clean               remove .venv and caches; runs are kept'
+
+setup: .venv/installed
+
+.venv/installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'chargpt needs Python 3.11 or later: write make PYTHON=python3.12'; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: setup
+	$(BIN)/python main.py $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/train.py
+
+lock:
+	for extras in '' -cuda; do \
+		uv pip compile pyproject.toml --quiet --extra dev $${extras:+--extra cuda} --universal --python-version 3.11 \
+			--fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate --no-header \
+			--output-file requirements$$extras.lock; \
+	done
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup train test lint bench lock clean

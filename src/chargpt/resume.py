@@ -1,0 +1,100 @@
+"""Going on with a run: its directory, its configuration, its newest whole checkpoint, its records cut back to that step."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from chargpt import checkpoint
+from chargpt.config import Config, ConfigError, flatten, from_plain, parse, to_plain
+from chargpt.corpus import Corpus
+from chargpt.train import TrainState
+
+CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole one is taken
+MAX_CONFIG_BYTES = 1 << 20
+# What would make it another run: the model, the text, the randomness, the state of the optimizer.
+FIXED = ("model.", "dataset.seq_len", "dataset.val_fraction", "optimizer.name", "seed")
+
+
+def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, checkpoint.Header] | None:
+    """The newest whole checkpoint of a run, None where none was ever written; ConfigError where all are damaged."""
+    paths = [path for name in CHECKPOINTS if (path := run_dir / "checkpoints" / f"{name}.eqx").exists()]
+    for path in paths:
+        try:
+            return checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            say(f"{error}; trying the one before it")
+    if paths:
+        raise ConfigError(f"resume={run_dir}: no checkpoint there is whole; train anew with another hydra.run.dir=DIR")
+    return None
+
+
+def read_config(path: Path) -> Config:
+    """A run's config.yaml as data under our schema: no interpolation is resolved, no alias expanded, no object made."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: is too large for a configuration")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{path}: holds YAML aliases, which a saved configuration has none of")
+        plain = yaml.safe_load(text)
+        if not isinstance(plain, dict):
+            raise ConfigError(f"{path}: is no saved configuration")
+        return from_plain(plain)
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent}: is no run directory (it has no config.yaml)") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def with_overrides(old: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    """A run's configuration with the overrides given beside resume=, and what they change: {name: (old, new)}."""
+    composed = OmegaConf.structured(old)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if name == "resume" or name.startswith("hydra."):
+            continue
+        if name == "experiment" or override.is_delete() or override.is_add():
+            raise ConfigError(f"{override.input_line}: cannot be combined with resume=; give single options")
+        OmegaConf.update(composed, name, override.value(), merge=True)
+    new = parse(composed)
+    before, after = flatten(to_plain(old)), flatten(to_plain(new))
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    changed.pop("resume", None)
+    for name, (was, wanted) in changed.items():
+        if name.startswith(FIXED):
+            raise ConfigError(
+                f"{name}: is {was} in that run and cannot become {wanted}; start another run, or leave {name}={was}"
+            )
+    return new, changed
+
+
+def check_corpus(header: checkpoint.Header, corpus: Corpus) -> None:
+    """Refuse to go on with another text: it is known by its content, never by its name."""
+    if header.corpus_sha256 != corpus.sha256:
+        raise ConfigError(
+            f"dataset: the text has changed since the run began (sha256 was {header.corpus_sha256[:16]}…, "
+            f"is {corpus.sha256[:16]}…); restore it, or start another run"
+        )
+    if header.vocabulary != corpus.tokenizer.vocabulary:
+        raise ConfigError(f"dataset: the vocabulary was {header.vocabulary!r}, is {corpus.tokenizer.vocabulary!r}")
+
+
+def cut_records(run_dir: Path, step: int) -> None:
+    """Drop what metrics.jsonl and samples.txt say of steps after `step`: they are about to be trained again."""
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # the last piece is empty, or cut short by a crash
+        kept = [line for line in lines if json.loads(line)["trainer/step"] <= step]
+        checkpoint.write_durably(metrics, "".join(line + "\n" for line in kept).encode())
+    samples = run_dir / "samples.txt"
+    if samples.exists():
+        parts = ("\n" + samples.read_text(encoding="utf-8")).split("\n=== step ")[1:]
+        kept = [part for part in parts if int(part.split("\n")[0]) <= step]
+        checkpoint.write_durably(samples, "".join(f"=== step {part}\n" for part in kept).encode())

@@ -1,0 +1,389 @@
+"""The model: every option against its formula, decoding, initialisation, dropout, and the list of weights."""
+
+import functools
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from conftest import small_config
+
+from chargpt.config import Activation, AttentionType, ModelConfig
+from chargpt.flops import count_parameters, kv_cache_bytes_per_token
+from chargpt.model import GPT, Block, FeedForward, make_norm, take_rows
+
+VOCAB, SEQ_LEN = 11, 9
+TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 10])
+
+forward = eqx.filter_jit(lambda model, tokens, **key: model(tokens, **key))
+decode = eqx.filter_jit(lambda model, tokens, cache, position: model.decode(tokens, cache, position))
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def model_config(*overrides: str) -> ModelConfig:
+    return small_config(*(f"model.{override}" for override in overrides)).model
+
+
+def filled(shapes, scale: float):
+    """Weights for a module of which only the shapes are known: no initialiser to compile, and no gain is one."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        is_gain = any("norm" in getattr(part, "name", "") for part in path)
+        numbers = rng.uniform(0.5, 1.5, leaf.shape) if is_gain else scale * rng.normal(size=leaf.shape)
+        return jnp.asarray(numbers, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@functools.cache
+def make(*overrides: str) -> GPT:
+    """A model whose weights are larger than at its initialisation, so that every part of it matters to the logits."""
+    build = functools.partial(GPT, model_config(*overrides), VOCAB, SEQ_LEN)
+    return filled(eqx.filter_eval_shape(build, key=jax.random.key(0)), 0.16)
+
+
+def of_type(mha_type: AttentionType, *overrides: str) -> GPT:
+    return make(f"mha_type={mha_type.name}", *overrides)
+
+
+# --- the forward pass
+
+
+def test_logits_are_causal_and_see_every_earlier_token(mha_type):
+    model = of_type(mha_type)
+    logits = forward(model, TOKENS)
+    assert logits.shape == (SEQ_LEN, VOCAB) and logits.dtype == jnp.float32
+    for changed in range(SEQ_LEN):
+        others = forward(model, TOKENS.at[changed].set(0))
+        np.testing.assert_array_equal(others[:changed], logits[:changed])
+        assert (np.abs(others - logits).max(axis=1) > 1e-4)[changed:].all()
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_blocks_normalise_before_or_after_each_branch(norm_position, norm):
+    model = make(f"norm_position={norm_position}", f"norm={norm}")
+    x = model.embedding[TOKENS]
+    for block in model.layers():
+        norm_1, norm_2 = jax.vmap(block.attention_norm), jax.vmap(block.feed_forward_norm)
+        if norm_position == "pre":
+            x = x + forward(block.attention, norm_1(x))
+            x = x + block.feed_forward(norm_2(x))
+        else:
+            x = norm_1(x + forward(block.attention, x))
+            x = norm_2(x + block.feed_forward(x))
+    assert (model.final_norm is None) == (norm_position == "post")
+    x = x if model.final_norm is None else jax.vmap(model.final_norm)(x)
+    close(forward(model, TOKENS), x @ model.head.weight.T)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norms_equal_their_formulas(norm):
+    x = np.asarray(jax.random.normal(jax.random.key(0), (16,)) + 0.5)
+    weight = jnp.linspace(0.5, 2, 16)
+    layer = make_norm(model_config(f"norm={norm}").norm, 16)
+    assert layer.bias is None
+    centred = x - x.mean() if norm == "layernorm" else x
+    expected = centred / np.sqrt((centred**2).mean() + 1e-5) * weight
+    close(eqx.tree_at(lambda layer: layer.weight, layer, weight)(jnp.asarray(x)), expected)
+
+
+def gelu(z):
+    """The tanh form, as in GPT-2."""
+    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+FORMULAS = {
+    Activation.relu: lambda up, gate: np.maximum(up, 0),
+    Activation.gelu: lambda up, gate: gelu(up),
+    Activation.relu2: lambda up, gate: np.maximum(up, 0) ** 2,
+    Activation.swiglu: lambda up, gate: gate / (1 + np.exp(-gate)) * up,
+}
+
+
+@pytest.mark.parametrize("activation", list(Activation), ids=lambda activation: activation.name)
+def test_every_activation_equals_its_formula(activation):
+    layer = FeedForward(6, 10, activation, key=jax.random.key(0))
+    x = 3 * np.asarray(jax.random.normal(jax.random.key(1), (4, 6)))
+    up = x @ np.asarray(layer.up_proj.weight).T
+    assert (layer.gate_proj is not None) == (activation is Activation.swiglu)
+    gate = None if layer.gate_proj is None else x @ np.asarray(layer.gate_proj.weight).T
+    close(layer(jnp.asarray(x)), FORMULAS[activation](up, gate) @ np.asarray(layer.down_proj.weight).T)
+
+
+def test_tied_embeddings_are_one_matrix_that_learns_from_both_ends():
+    tied, untied = make("tie_embeddings=true"), make("tie_embeddings=false")
+    assert tied.head is None
+    size = lambda model: sum(count_parameters(model).values())  # noqa: E731
+    assert size(untied) - size(tied) == untied.head.weight.size == VOCAB * 16
+    same = eqx.tree_at(lambda m: m.head.weight, untied, tied.embedding)
+    same = eqx.tree_at(lambda m: (m.embedding, m.blocks), same, (tied.embedding, tied.blocks))
+    close(forward(same, TOKENS), forward(tied, TOKENS))
+    loss = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.sin(model(TOKENS)).sum()))
+    both = loss(same)
+    close(loss(tied).embedding, both.embedding + both.head.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned_positions", [False, True])
+def test_order_is_seen_only_through_positions(learned_positions):
+    """One layer without RoPE reads earlier tokens as a set; learned positions make a sequence of it."""
+    model = make("num_layers=1", "rope=false", f"learned_positions={learned_positions}")
+    swapped = TOKENS.at[jnp.array([0, 5])].set(TOKENS[jnp.array([5, 0])])
+    difference = np.abs(forward(model, TOKENS)[-1] - forward(model, swapped)[-1]).max()
+    assert difference > 1e-2 if learned_positions else difference < 1e-5
+    if learned_positions:
+        assert model.position_embedding.shape == (SEQ_LEN, 16)
+        positions = lambda m: m.position_embedding  # noqa: E731
+        zeroed_out = eqx.tree_at(positions, model, jnp.zeros_like(model.position_embedding))
+        close(forward(zeroed_out, TOKENS), forward(eqx.tree_at(positions, model, None), TOKENS))
+
+
+@pytest.mark.parametrize("mha_type", ["standard", "gqa", "mqa"])
+def test_qk_norm_changes_the_model_and_has_its_own_weights(mha_type):
+    bare, normed = make(f"mha_type={mha_type}"), make(f"mha_type={mha_type}", "qk_norm=true")
+    assert sum(count_parameters(normed).values()) - sum(count_parameters(bare).values()) == 2 * 2 * 4
+    assert np.abs(forward(normed, TOKENS) - forward(bare, TOKENS)).max() > 1e-2
+
+
+def test_the_scan_over_layers_equals_one_block_after_another(mha_type):
+    model = of_type(mha_type)
+    assert len(model.layers()) == 2
+    x = model.embedding[TOKENS]
+    for block in model.layers():
+        x = forward(block, x)
+    close(forward(model, TOKENS), jax.vmap(model.final_norm)(x) @ model.head.weight.T)
+
+
+def test_a_batch_equals_its_sequences_one_by_one(mha_type):
+    model = of_type(mha_type)
+    batch = jnp.stack([TOKENS, TOKENS[::-1], jnp.zeros_like(TOKENS)])
+    logits = eqx.filter_jit(lambda model, batch: jax.vmap(model)(batch))(model, batch)
+    for sequence, expected in zip(batch, logits, strict=True):
+        close(forward(model, sequence), expected)
+
+
+def test_the_shape_checker_watches_the_model():
+    model = make()
+    with pytest.raises(jaxtyping.TypeCheckError):
+        model(TOKENS[None])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        model(TOKENS.astype(jnp.float32))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        model.layers()[0].feed_forward(jnp.ones(16))
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_decode_equals_the_forward_pass(mha_type, positions):
+    """A prompt, then token by token, in a cache longer than the sequence."""
+    model = of_type(mha_type, f"rope={positions == 'rope'}", f"learned_positions={positions == 'learned'}")
+    expected = forward(model, TOKENS)
+    prompt_len = 4
+    prompt_logits, cache = decode(model, TOKENS[:prompt_len], model.init_cache(SEQ_LEN + 3), jnp.asarray(0))
+    close(prompt_logits, expected[:prompt_len])
+    for position in range(prompt_len, SEQ_LEN):
+        logits, cache = decode(model, TOKENS[position : position + 1], cache, jnp.asarray(position))
+        close(logits[0], expected[position])
+
+
+@pytest.mark.parametrize("overrides", [("norm_position=post",), ("norm=layernorm", "tie_embeddings=true"), ("qk_norm=true",)])
+def test_decode_equals_the_forward_pass_however_the_block_is_built(overrides):
+    model = make(*overrides)
+    first, cache = decode(model, TOKENS[:-1], model.init_cache(SEQ_LEN), 0)
+    last, _ = decode(model, TOKENS[-1:], cache, SEQ_LEN - 1)
+    close(jnp.concatenate([first, last]), forward(model, TOKENS))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kv_cache_bytes_per_token_are_those_of_the_formula(mha_type, dtype):
+    numbers = {
+        AttentionType.standard: 2 * 4 * 4,
+        AttentionType.gqa: 2 * 2 * 4,
+        AttentionType.mqa: 2 * 1 * 4,
+        AttentionType.selective: 2 * 4 * 4,
+        AttentionType.mla: 8 + 4,
+        AttentionType.equinox: 16,
+    }
+    num_layers = 2
+    expected = num_layers * numbers[mha_type] * jnp.dtype(dtype).itemsize
+    assert kv_cache_bytes_per_token(of_type(mha_type), dtype) == expected
+
+
+# --- weights
+
+
+def linears(tree) -> dict[str, jax.Array]:
+    """Every Linear's weight by the name of its field."""
+    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_linear)[0]
+    return {path[-1].name: node.weight for path, node in nodes if is_linear(node)}
+
+
+@functools.cache
+def initialised(mha_type: AttentionType, seed: int = 0) -> GPT:
+    overrides = ("d_model=64", "num_layers=3", "activation=swiglu", "rope=false", "learned_positions=true")
+    config = model_config(f"mha_type={mha_type.name}", *overrides)
+    return GPT(config, 96, 64, key=jax.random.key(seed))
+
+
+def test_initialisation_is_that_of_gpt2(mha_type):
+    model = initialised(mha_type)
+    residual = 0
+    for name, weight in (linears(model) | {"tokens": model.embedding, "positions": model.position_embedding}).items():
+        onto_residual = name in ("o_proj", "output_proj", "down_proj")
+        residual += onto_residual
+        std = 0.02 / math.sqrt(2 * model.num_layers) if onto_residual else 0.02
+        assert np.std(weight) == pytest.approx(std, rel=5 / math.sqrt(2 * weight.size)), name
+        assert abs(np.mean(weight)) < 5 * std / math.sqrt(weight.size), name
+        assert np.abs(weight).max() > 3 * std, f"{name} is not normal"
+    assert residual == 2, "one projection of each branch"
+    gains = [model.blocks.attention_norm, model.blocks.feed_forward_norm, model.final_norm]
+    assert all((norm.weight == 1).all() for norm in gains)
+
+
+def test_no_two_weights_start_alike(mha_type):
+    model = initialised(mha_type)
+    weights = [model.embedding, model.position_embedding, *linears(model).values()]
+    numbers = np.concatenate([np.asarray(weight).reshape(-1, 16)[:, 0] for weight in weights])
+    assert len(set((numbers / np.abs(numbers).mean()).tolist())) > 0.99 * len(numbers)
+
+
+def test_the_key_decides_the_weights():
+    model = initialised(AttentionType.standard)
+    assert eqx.tree_equal(model, initialised.__wrapped__(AttentionType.standard))
+    other = initialised(AttentionType.standard, seed=1)
+    for one, two in zip(linears(model).values(), linears(other).values(), strict=True):
+        assert (one != two).mean() > 0.99
+
+
+def attention_size(mha_type: AttentionType) -> int:
+    """Numbers of one attention layer, 16 wide with 4 heads, by the formulas."""
+    m, n, h, r, dn, dr, v = 16, 4, 4, 8, 4, 4, 8
+    grouped = lambda k: 2 * m * n * h + 2 * m * k * h  # noqa: E731
+    return {
+        AttentionType.standard: grouped(4),
+        AttentionType.gqa: grouped(2),
+        AttentionType.mqa: grouped(1),
+        AttentionType.selective: 2 * m * m + 2 * 2 * m * m,
+        AttentionType.mla: m * n * (dn + dr) + m * (r + dr) + r + r * n * (dn + v) + n * v * m,
+        AttentionType.equinox: 4 * m * m,
+    }[mha_type]
+
+
+def test_every_array_is_a_parameter_and_all_are_counted(mha_type):
+    """No table of angles and no mask among the leaves, where an optimizer would decay it."""
+    model = of_type(mha_type, "learned_positions=true")
+    arrays = [leaf for leaf in jax.tree.leaves(model) if eqx.is_array(leaf)]
+    assert all(eqx.is_inexact_array(leaf) for leaf in arrays)
+    expected = 2 * VOCAB * 16 + SEQ_LEN * 16 + 2 * (attention_size(mha_type) + 2 * 16 * 64 + 2 * 16) + 16
+    assert sum(leaf.size for leaf in arrays) == sum(count_parameters(model).values()) == expected
+
+
+def test_every_weight_learns(mha_type):
+    model = of_type(mha_type, "learned_positions=true")
+    probe = jax.random.normal(jax.random.key(1), (SEQ_LEN, VOCAB))
+    grads = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.vdot(probe, model(TOKENS))))(model)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-3, jax.tree_util.keystr(path)
+
+
+# --- dropout
+
+
+def test_dropout_is_off_without_a_key_and_on_with_one(mha_type):
+    with_dropout, without = of_type(mha_type, "dropout=0.5"), of_type(mha_type)
+    np.testing.assert_array_equal(forward(with_dropout, TOKENS), forward(without, TOKENS))
+    keys = jax.random.split(jax.random.key(0))
+    first, again, other = (forward(with_dropout, TOKENS, key=key) for key in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(first, again)
+    for one, two in ((first, other), (first, forward(without, TOKENS))):
+        assert np.abs(one - two).max() > 1e-2
+    close(forward(without, TOKENS, key=keys[0]), forward(without, TOKENS))
+
+
+@pytest.mark.parametrize("branch", ["attention", "feed_forward"])
+def test_dropout_keeps_the_expectation_of_a_branch(branch):
+    """Of the branch, never of the stream: each number of it is dropped, or scaled by 1 / (1 - rate)."""
+    rate, draws = 0.25, 4000
+    block = Block(model_config(f"dropout={rate}"), key=jax.random.key(0))
+    silent = (lambda b: b.feed_forward.down_proj.weight) if branch == "attention" else (lambda b: b.attention.o_proj.weight)
+    block = eqx.tree_at(silent, block, replace_fn=jnp.zeros_like)
+    x = jax.random.normal(jax.random.key(1), (3, 16))
+    full = np.asarray(block(x) - x)
+    noisy = eqx.filter_jit(jax.vmap(lambda key: block(x, key=key) - x))(jax.random.split(jax.random.key(2), draws))
+    kept = np.abs(noisy) > 1e-6
+    close(noisy[kept], np.broadcast_to(full / (1 - rate), noisy.shape)[kept], atol=1e-5)
+    assert abs(kept.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / kept.size)
+    error = np.abs(full) * math.sqrt(rate / (1 - rate) / draws)
+    assert (np.abs(noisy.mean(axis=0) - full) < 5 * error + 1e-5).all()
+
+
+def test_dropout_is_drawn_anew_in_every_layer_and_branch():
+    """Silence all branches but one: which numbers of the stream move, tells that branch's mask."""
+    model = make("dropout=0.5")
+    scale = lambda block, which, gain: eqx.tree_at(which, block, replace_fn=lambda weight: gain * weight)  # noqa: E731
+    branches = (lambda b: b.attention.o_proj.weight, lambda b: b.feed_forward.down_proj.weight)
+    masks = []
+    for layer in range(2):
+        for branch in range(2):
+            gains = jnp.zeros((2, 2)).at[layer, branch].set(1.0)[:, :, None, None]
+            blocks = scale(scale(model.blocks, branches[0], gains[:, 0]), branches[1], gains[:, 1])
+            masks.append(stream_moves(eqx.tree_at(lambda m: m.blocks, model, blocks)))
+    for i, mask in enumerate(masks):
+        assert 0.35 < mask.mean() < 0.65
+        for other in masks[:i]:
+            assert 0.3 < (mask == other).mean() < 0.7
+
+
+def stream_moves(model: GPT) -> np.ndarray:
+    """Where the blocks move the stream, under one fixed dropout key."""
+    model = eqx.tree_at(lambda m: m.head.weight, model, jnp.eye(16))  # logits show the stream itself,
+    model = eqx.tree_at(lambda m: m.final_norm, model, eqx.nn.Identity())  # not normalised
+    still = eqx.tree_at(lambda m: m.blocks, model, jax.tree.map(zeroed, model.blocks))
+    return np.abs(forward(model, TOKENS, key=jax.random.key(0)) - forward(still, TOKENS, key=jax.random.key(0))) > 1e-6
+
+
+def zeroed(leaf):
+    return jnp.zeros_like(leaf) if eqx.is_array(leaf) else leaf
+
+
+# --- looking rows up
+
+
+@pytest.mark.parametrize("rows", [65, 600], ids=["small_table", "large_table"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_take_rows_equals_indexing_and_so_does_its_gradient(rows, dtype):
+    table = jax.random.normal(jax.random.key(0), (rows, 5), dtype)
+    indices = jnp.array([0, 3, 3, rows - 1, 7, 3])
+    taken = take_rows(table, indices)
+    assert taken.dtype == dtype
+    np.testing.assert_array_equal(taken, table[indices])
+    weights = jax.random.normal(jax.random.key(1), (6, 5), dtype)
+    gradient = jax.grad(lambda table: jnp.vdot(weights, take_rows(table, indices)))(table)
+    expected = jax.grad(lambda table: jnp.vdot(weights, table[indices]))(table)
+    tolerance = 1e-6 if dtype == jnp.float32 else 0.03
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
+
+
+# --- narrow numbers
+
+
+def test_bfloat16_logits_are_bfloat16_and_near_those_of_float32(mha_type):
+    model = of_type(mha_type)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, model)
+    wide = forward(model, TOKENS)
+    logits = forward(narrow, TOKENS)
+    cache = narrow.init_cache(SEQ_LEN)
+    decoded, cache = decode(narrow, TOKENS, cache, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, decoded, cache))} == {jnp.dtype(jnp.bfloat16)}
+    for each in (logits, decoded):
+        assert np.abs(each.astype(jnp.float32) - wide).max() < 0.05 * np.abs(wide).max()

@@ -1,0 +1,168 @@
+"""The learning rate by step, what decays, what is clipped, and AdamW itself, each against its formula."""
+
+import dataclasses
+import math
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import small_config
+
+from chargpt.config import AttentionType, OptimizerConfig, Schedule
+from chargpt.model import GPT
+from chargpt.optimizer import decay_mask, make_optimizer, make_schedule
+
+PEAK, FINAL, WARMUP, STEPS = 0.1, 0.02, 10, 110
+CONFIG: OptimizerConfig = dataclasses.replace(
+    small_config().optimizer, learning_rate=PEAK, final_lr_fraction=FINAL / PEAK, warmup_steps=WARMUP, decay_fraction=0.2
+)
+
+
+def rates(schedule: Schedule, warmup_steps: int = WARMUP, num_steps: int = STEPS, **options: float) -> np.ndarray:
+    """The learning rate at steps 0 … num_steps, the end included."""
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, **options)
+    return np.asarray(jax.vmap(make_schedule(config, num_steps))(jnp.arange(num_steps + 1)))
+
+
+close = lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9)  # noqa: E731
+
+# --- the schedule
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_warm_up_is_linear_moves_at_the_first_step_and_ends_at_the_peak(schedule):
+    values = rates(schedule)
+    close(values[:WARMUP], PEAK * np.arange(1, WARMUP + 1) / (WARMUP + 1))
+    close(values[WARMUP], PEAK)
+    assert values.max() == values[WARMUP]
+
+
+def test_cosine_halves_its_way_in_the_middle_and_ends_at_the_final_rate():
+    values = rates(Schedule.cosine)
+    close(values[WARMUP + 50], (PEAK + FINAL) / 2)
+    close(values[WARMUP + 25], FINAL + (PEAK - FINAL) * (1 + math.cos(math.pi / 4)) / 2)
+    close(values[STEPS], FINAL)
+    assert (np.diff(values[WARMUP:]) < 0).all()
+
+
+def test_wsd_stays_at_the_peak_and_falls_linearly_over_its_decay_fraction():
+    values = rates(Schedule.wsd)
+    close(values[WARMUP : STEPS - 20 + 1], PEAK)
+    close(values[STEPS - 20 :], np.linspace(PEAK, FINAL, 21))
+
+
+@pytest.mark.parametrize(("decay_fraction", "stable"), [(0.0, 99), (1.0, 0), (0.001, 99)])
+def test_wsd_takes_any_decay_fraction(decay_fraction, stable):
+    values = rates(Schedule.wsd, decay_fraction=decay_fraction)
+    close(values[WARMUP : WARMUP + stable + 1], PEAK)
+    close(values[STEPS], FINAL)
+
+
+def test_constant_stays():
+    close(rates(Schedule.constant)[WARMUP:], PEAK)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+def test_without_warm_up_the_first_step_has_the_peak(schedule, num_steps):
+    values = rates(schedule, warmup_steps=0, num_steps=num_steps, decay_fraction=0.5)
+    close(values[0], PEAK)
+    close(values[-1], PEAK if schedule is Schedule.constant else FINAL)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_run_that_is_all_warm_up_rises_throughout(schedule):
+    values = rates(schedule, warmup_steps=8, num_steps=8)
+    close(values[:8], PEAK * np.arange(1, 9) / 9)
+
+
+# --- weight decay
+
+LINEAR = re.compile(r"(_proj|\.head)\.weight$")
+OPTIONS = {
+    AttentionType.standard: ("model.qk_norm=true", "model.learned_positions=true"),
+    AttentionType.mla: ("model.mla.q_lora_rank=4", "model.activation=swiglu"),
+    AttentionType.gqa: ("model.tie_embeddings=true", "model.norm=layernorm"),
+}
+
+
+def make_params(mha_type: AttentionType) -> GPT:
+    config = small_config(f"model.mha_type={mha_type.name}", "model.num_layers=1", *OPTIONS.get(mha_type, ())).model
+    model = eqx.filter_jit(lambda key: GPT(config, 7, 8, key=key))(jax.random.key(0))
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def by_name(tree) -> dict:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_exactly_the_weights_of_linear_layers_decay(mha_type):
+    params = make_params(mha_type)
+    mask = by_name(decay_mask(params))
+    assert mask == {name: LINEAR.search(name) is not None for name in by_name(params)}
+    assert jax.tree.structure(decay_mask(params)) == jax.tree.structure(params)
+    spared = {name for name, decays in mask.items() if not decays}
+    assert all("norm" in name or "embedding" in name for name in spared)
+    assert all(leaf.ndim >= 2 for name, leaf in by_name(params).items() if mask[name])
+
+
+def test_without_gradient_linear_weights_shrink_and_nothing_else_moves(mha_type):
+    params = make_params(mha_type)
+    config = dataclasses.replace(CONFIG, weight_decay=0.5, schedule=Schedule.constant, warmup_steps=0)
+    optimizer = make_optimizer(config, STEPS)
+
+    @jax.jit
+    def update(params):
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    before, after = by_name(params), by_name(update(params))
+    for name in before:
+        if LINEAR.search(name):
+            np.testing.assert_allclose(after[name], (1 - PEAK * 0.5) * before[name], rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(after[name], before[name])
+
+
+# --- clipping and AdamW
+
+PARAMS = eqx.nn.Linear(3, 2, use_bias=False, key=jax.random.key(1))
+
+
+def first_moment(norm: float, grad_clip: float | None) -> jax.Array:
+    """Adam's first moment after one gradient of global norm `norm`, with beta1 divided out: the gradient that reached it."""
+    grads = jax.tree.map(lambda leaf: norm * leaf / optax.global_norm(PARAMS), PARAMS)
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, grad_clip=grad_clip), STEPS)
+    _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    return optax.tree_utils.tree_get(state, "mu").weight / (1 - CONFIG.beta1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "grad_clip", "expected"), [(10.0, 1.0, 1.0), (10.0, 0.25, 0.25), (0.5, 1.0, 0.5), (10.0, None, 10.0)]
+)
+def test_gradients_are_scaled_down_to_the_largest_norm_allowed(norm, grad_clip, expected):
+    np.testing.assert_allclose(first_moment(norm, grad_clip), expected * PARAMS.weight / optax.global_norm(PARAMS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_updates_are_those_of_adamw(weight_decay):
+    config = dataclasses.replace(
+        CONFIG, weight_decay=weight_decay, grad_clip=None, beta1=0.8, beta2=0.95, eps=1e-3, schedule=Schedule.cosine
+    )
+    optimizer = make_optimizer(config, STEPS)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    weight, mean, square = np.asarray(PARAMS.weight, np.float64), 0.0, 0.0
+    for step in range(4):
+        gradient = np.random.default_rng(step).normal(size=weight.shape)
+        grads = eqx.tree_at(lambda linear: linear.weight, PARAMS, jnp.asarray(gradient, jnp.float32))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
+        direction = (mean / (1 - 0.8 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-3)
+        weight = weight - PEAK * (step + 1) / (WARMUP + 1) * (direction + weight_decay * weight)
+        np.testing.assert_allclose(params.weight, weight, rtol=1e-5, atol=1e-7)
