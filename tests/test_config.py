@@ -137,11 +137,24 @@ def test_no_attention_type_escapes_a_rule(mha_type):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 0), ("seed", 2**32 - 1), ("optimizer.warmup_steps", 0), ("optimizer.warmup_steps", 2000)]
-    + [("model.dropout", 0.0), ("model.dropout", 0.999), ("optimizer.weight_decay", 0.0), ("optimizer.beta1", 0.0)]
-    + [("optimizer.decay_fraction", 0.0), ("optimizer.decay_fraction", 1.0), ("optimizer.final_lr_fraction", 1.0)]
-    + [("optimizer.grad_clip", None), ("trainer.eval_tokens", None), ("trainer.sample_chars", 0)]
-    + [("trainer.grad_accum_steps", 16), ("trainer.log_every", 10**9)],
+    [
+        ("seed", 0),
+        ("seed", 2**32 - 1),
+        ("optimizer.warmup_steps", 0),
+        ("optimizer.warmup_steps", 2000),
+        ("model.dropout", 0.0),
+        ("model.dropout", 0.999),
+        ("optimizer.weight_decay", 0.0),
+        ("optimizer.beta1", 0.0),
+        ("optimizer.decay_fraction", 0.0),
+        ("optimizer.decay_fraction", 1.0),
+        ("optimizer.final_lr_fraction", 1.0),
+        ("optimizer.grad_clip", None),
+        ("trainer.eval_tokens", None),
+        ("trainer.sample_chars", 0),
+        ("trainer.grad_accum_steps", 16),
+        ("trainer.log_every", 10**9),
+    ],
 )
 def test_the_edge_of_a_rule_is_allowed(name, value):
     assert flatten(to_plain(replace(DEFAULT, {name: value})))[name] == value
@@ -149,10 +162,29 @@ def test_the_edge_of_a_rule_is_allowed(name, value):
 
 @pytest.mark.parametrize(
     "override",
-    ["model.mha_type=linear", "model.activation=tanh", "model.norm=batchnorm", "model.norm_position=mid"]
-    + ["trainer.precision=float16", "optimizer.name=sgd", "optimizer.schedule=step", "dataset.name=enwik8", "mode=on"]
-    + ["model.rope=maybe", "model.d_model=1.5", "model.d_model=nan", "model.d_model=wide", "seed=null", "model=3"]
-    + ["model.mla=null", "model.d_modl=8", "colour=red", "wandb.name=null", "wandb.tags=null", "model.dropout=[0.1]"],
+    [
+        "model.mha_type=linear",
+        "model.activation=tanh",
+        "model.norm=batchnorm",
+        "model.norm_position=mid",
+        "trainer.precision=float16",
+        "optimizer.name=sgd",
+        "optimizer.schedule=step",
+        "dataset.name=enwik8",
+        "mode=on",
+        "model.rope=maybe",
+        "model.d_model=1.5",
+        "model.d_model=nan",
+        "model.d_model=wide",
+        "seed=null",
+        "model=3",
+        "model.mla=null",
+        "model.d_modl=8",
+        "colour=red",
+        "wandb.name=null",
+        "wandb.tags=null",
+        "model.dropout=[0.1]",
+    ],
 )
 def test_values_of_another_type_and_unknown_options_do_not_compose(override):
     with pytest.raises(Exception, match=override.partition("=")[0].rpartition(".")[2]):
@@ -319,7 +351,7 @@ def model_configs(draw) -> ModelConfig:
     return dataclasses.replace(small_config().model, **options)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(model_configs(), st.sampled_from(Precision))
 def test_what_composes_is_a_model_in_either_precision(model_config, precision):
     def logits(key):
@@ -376,17 +408,17 @@ def through_json(composed: Config) -> Config:
     return from_plain(json.loads(json.dumps(to_plain(composed))))
 
 
-@pytest.mark.parametrize("experiment", [*EXPERIMENTS, "null"])
+@pytest.mark.parametrize("experiment", [*(f"experiment={name}" for name in EXPERIMENTS), "seed=7"])
 def test_a_configuration_comes_back_from_json_unchanged(experiment, mha_type):
     overrides = (f"model.mha_type={mha_type.name}", "wandb.tags=[a,'b c']", "optimizer.grad_clip=null", "wandb.group=g")
-    composed = make_config(f"experiment={experiment}", *overrides)
+    composed = make_config(experiment, *overrides)
     assert through_json(composed) == composed
 
 
 PLAIN_TEXT = st.text().filter(lambda text: "${" not in text and text != "???")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     model_configs(),
     st.floats(1e-30, 1e30),
@@ -405,12 +437,9 @@ def test_any_configuration_comes_back_from_json_unchanged(model, rate, seed, pre
 
 @pytest.mark.parametrize("override", [r"wandb.name='\${x}'", r"wandb.tags=['\${oc.env:HOME}']", r"wandb.group='a\${'"])
 def test_a_literal_interpolation_does_not_compose_since_it_could_not_be_read_back(override):
-    with pytest.raises((ConfigError, OmegaConfBaseException)):
-        through_json(make_config(override))
-        pytest.fail("composed, and came back")
-    with pytest.raises((ConfigError, OmegaConfBaseException, Exception)) as error:
+    with pytest.raises(ConfigError, match=r"^wandb\.") as error:
         make_config(override)
-    assert "wandb" in str(error.value)
+    refusal(error)
 
 
 def changed(name: str, value: Any) -> dict[str, Any]:
@@ -436,12 +465,35 @@ def test_interpolations_in_a_saved_configuration_are_refused(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("colour", "red"), ("model.d_modl", 8), ("model.mla.rank", 8), ("optimizer.", 1), ("model.model", {})]
-    + [("seed", 1.5), ("seed", "one"), ("seed", True), ("seed", None), ("seed", [1]), ("seed", {"a": 1})]
-    + [("model", 3), ("model", None), ("model", []), ("model.mha_type", "linear"), ("model.mha_type", 0)]
-    + [("model.rope", "perhaps"), ("model.dropout", "much"), ("model.dropout", True), ("wandb.name", None)]
-    + [("wandb.tags", "a"), ("wandb.tags", {"a": 1}), ("wandb.tags", [None]), ("wandb.tags", [["a"]])]
-    + [("wandb.tags", [{"a": "b"}]), ("wandb.name", "???"), ("model.d_model", "???")],
+    [
+        ("colour", "red"),
+        ("model.d_modl", 8),
+        ("model.mla.rank", 8),
+        ("optimizer.", 1),
+        ("model.model", {}),
+        ("seed", 1.5),
+        ("seed", "one"),
+        ("seed", True),
+        ("seed", None),
+        ("seed", [1]),
+        ("seed", {"a": 1}),
+        ("model", 3),
+        ("model", None),
+        ("model", []),
+        ("model.mha_type", "linear"),
+        ("model.mha_type", 0),
+        ("model.rope", "perhaps"),
+        ("model.dropout", "much"),
+        ("model.dropout", True),
+        ("wandb.name", None),
+        ("wandb.tags", "a"),
+        ("wandb.tags", {"a": 1}),
+        ("wandb.tags", [None]),
+        ("wandb.tags", [["a"]]),
+        ("wandb.tags", [{"a": "b"}]),
+        ("wandb.name", "???"),
+        ("model.d_model", "???"),
+    ],
 )
 def test_unknown_options_and_wrong_types_in_a_saved_configuration_are_refused(name, value):
     with pytest.raises((ConfigError, OmegaConfBaseException)):

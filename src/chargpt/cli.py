@@ -1,11 +1,15 @@
 """From the command line to a typed call, and from an error to one clear line."""
 
+import dataclasses
 import os
 import re
+import signal
 import sys
+import typing
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -13,6 +17,8 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from chargpt.config import ConfigError, did_you_mean, option_names
+
+Options = TypeVar("Options")
 
 BAD_INPUT = 2  # the exit code of input that a person can mend
 
@@ -83,3 +89,73 @@ def explain(error: Exception) -> str:
         hint = did_you_mean(wrong.group(1), choices.group(1).split(", ")) if choices else ""
         return f"{full_key.group(1) if full_key else 'option'}: {reason[0].lower()}{reason[1:]}{hint}"
     return " ".join(f"{text} {cause if cause not in text else ''}".split())
+
+
+def run_tool(arguments: list[str]) -> int:
+    """Run `chargpt TOOL key=value …`; the exit code."""
+    from chargpt import tools
+
+    known = {
+        "sample": (tools.SampleOptions, tools.sample),
+        "evaluate": (tools.EvaluateOptions, tools.evaluate_run),
+    }
+    if not arguments or arguments[0] in ("help", "-h", "--help"):
+        print("chargpt TOOL key=value …\n")
+        for name, (options, _) in known.items():
+            print(f"{name:<10} {options.__doc__}\n           {' '.join(option_defaults(options))}")
+        return 0
+    name, *pairs = arguments
+    try:
+        if name not in known:
+            raise ConfigError(f"{name}: there is no such tool{did_you_mean(name, known)}; `chargpt` alone lists them")
+        options, function = known[name]
+        function(parse_options(options, pairs))
+    except (ConfigError, RunFailed) as error:
+        return fail(error)
+    except BrokenPipeError:  # the reader of standard output has had enough, as in `chargpt sample | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def spelling(field: dataclasses.Field) -> str:
+    """How an option is typed: dataset_name is dataset.name, as on main.py's command line."""
+    return field.name.replace("dataset_", "dataset.")
+
+
+def option_defaults(schema: type) -> list[str]:
+    """Every option of a tool with its default, as one would type it."""
+    show = lambda value: "null" if value is None else value.name if isinstance(value, Enum) else repr(value)  # noqa: E731
+    return [f"{spelling(field)}={show(field.default)}" for field in dataclasses.fields(schema)]
+
+
+def parse_options(schema: type[Options], pairs: list[str]) -> Options:
+    """`key=value` arguments as an instance of the dataclass `schema`; values are read by the field's type alone."""
+    fields = {spelling(field): field for field in dataclasses.fields(schema)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if name not in fields:
+            raise ConfigError(f"{name}: there is no such option{did_you_mean(name, fields)} (write {' '.join(fields)})")
+        if not equals:
+            raise ConfigError(f"{name}: has no value; write {name}=…")
+        values[fields[name].name] = parse_value(name, text, fields[name].type)
+    return schema(**values)
+
+
+def parse_value(name: str, text: str, annotation: Any) -> Any:
+    """`text` as the annotated type: str, int, float, an enum, or None for null where that is allowed."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if text == "null" and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if issubclass(kind, Enum):
+        choices = list(kind.__members__)
+        if text not in choices:
+            raise ConfigError(f"{name}={text}: is none of {', '.join(choices)}{did_you_mean(text, choices)}")
+        return kind[text]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text}: is no {'whole number' if kind is int else 'number'}") from None

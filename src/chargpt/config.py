@@ -358,8 +358,14 @@ def differences(config: Config) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value != usual[name] and not str(usual[name]).startswith("${")}
 
 
-def option_names() -> list[str]:
-    return list(flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
+def option_names(schema: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted name of the schema, groups such as `model` among them."""
+    names = []
+    for field in dataclasses.fields(schema):
+        names.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            names += option_names(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+    return names
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

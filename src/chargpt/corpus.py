@@ -81,18 +81,12 @@ class Corpus:
 
 def load_corpus(config: DatasetConfig) -> Corpus:
     """The text that `config` names; ConfigError if it is missing, not text, or too short for `seq_len`."""
-    data = read_source(config)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
-        ) from error
+    text = read_text(config)
     tokenizer = CharTokenizer.from_text(text)
     require(len(tokenizer) > 1, f"dataset {config.name.name}: holds fewer than two different characters: nothing to learn")
     tokens = tokenizer.encode(text)
     cut = len(tokens) - int(len(tokens) * config.val_fraction)
-    corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(data).hexdigest())
+    corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(text.encode()).hexdigest())
     for split, length in (("training", len(corpus.train)), ("validation", len(corpus.val))):
         require(
             length > config.seq_len,
@@ -100,6 +94,16 @@ def load_corpus(config: DatasetConfig) -> Corpus:
             f"write a seq_len below that, another val_fraction, or a longer text",
         )
     return corpus
+
+
+def read_text(config: DatasetConfig) -> str:
+    """The text that `config` names, a byte-order mark at its beginning left out."""
+    try:
+        return read_source(config).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
+        ) from error
 
 
 def read_source(config: DatasetConfig) -> bytes:

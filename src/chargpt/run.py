@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from chargpt.report import draw_curves
 from chargpt.resume import check_corpus, cut_records, load_newest, read_config, with_overrides
 from chargpt.tracking import MetricsFile, WandbRun, read_metrics
 from chargpt.train import (
+    EVAL_TOKENS_PER_BATCH,
     StepMetrics,
     Stream,
     TrainState,
@@ -41,7 +43,6 @@ from chargpt.train import (
     train_steps,
 )
 
-EVAL_TOKENS_PER_BATCH = 16_384
 SAMPLE_TEMPERATURE = 0.8
 PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
 
@@ -418,7 +419,15 @@ class Run:
         if summary["tokens_per_second"]:
             rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
         rows["figure"] = str(self.run_dir / "curves.png")
-        commands = {}
+        where = shlex.quote(os.path.relpath(self.run_dir))
+        commands = {
+            "write more text": f'chargpt sample run={where} prompt="HAMLET:"',
+            "score another text": f"chargpt evaluate run={where} dataset.name=file dataset.filepath=TEXT",
+        }
+        if self.step < self.config.trainer.num_steps:
+            commands = {"go on": f"python main.py resume={where}"} | commands
+        else:
+            commands["train longer"] = f"python main.py resume={where} trainer.num_steps={2 * self.step}"
         if self.wandb.sync_command:
             commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
         self.console.show_end(rows, self.sample, commands)

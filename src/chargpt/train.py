@@ -18,6 +18,8 @@ from chargpt.optimizer import make_optimizer, make_schedule
 
 Tree = TypeVar("Tree")
 
+EVAL_TOKENS_PER_BATCH = 16_384
+
 
 class TrainState(eqx.Module):
     """All that a run carries from step to step; the checkpoint holds exactly this."""
@@ -97,7 +99,7 @@ def train_step(state: TrainState, tokens: Int[Array, " corpus"], config: Config)
     batch_key, dropout_key = jax.random.split(random_key(config.seed, Stream.step, state.step))
     inputs, targets = sample_batch(tokens, batch_key, trainer.batch_size, config.dataset.seq_len)
     loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     optimizer = make_optimizer(config.optimizer, trainer.num_steps)

@@ -1,0 +1,293 @@
+"""The real programs, as a person starts them: main.py and chargpt, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from chargpt import checkpoint
+from chargpt.config import AttentionType, differences, from_plain
+from chargpt.resume import read_config
+
+DEBUG = ["experiment=debug", "mode=disabled"]
+LONG = [*DEBUG, "trainer.num_steps=100000", "trainer.log_every=20", "trainer.eval_every=40", "trainer.checkpoint_every=20"]
+
+
+def start(*arguments: str | Path, cwd: Path = ROOT, module: bool = False, **environment: str) -> subprocess.Popen[str]:
+    program = ["-m", "chargpt"] if module else [str(ROOT / "main.py")]
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "100"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str | Path, code: int = 0, **options: object) -> tuple[str, str]:
+    """(standard output, standard error) of a program that must end with `code`."""
+    process = start(*arguments, **options)  # type: ignore[arg-type]
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return out, err
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    clock = ("trainer/seconds", "throughput/tokens_per_second", "throughput/mfu")
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def leaves_of(run_dir: Path) -> bytes:
+    """The bytes of the last checkpoint's leaves, behind its header line."""
+    return bytes(checkpoint.read_header(run_dir / "checkpoints" / "last.eqx")[2])
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert leaves_of(one) == leaves_of(other)
+    assert without_clock(metrics(one)) == without_clock(metrics(other))
+    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(run directory, standard output) of one debug run, logged offline."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    out, err = run("experiment=debug", "mode=offline", "model.dropout=0.1", f"hydra.run.dir={run_dir}")
+    assert err == ""
+    return run_dir, out
+
+
+def test_a_run_leaves_what_the_design_promises(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    lines = metrics(run_dir)
+    assert [line["trainer/step"] for line in lines] == [5, 10, 15, 20]
+    assert [line["trainer/tokens"] for line in lines] == [5 * 128, 10 * 128, 15 * 128, 20 * 128]
+    always = {"trainer/seconds", "train/loss", "train/grad_norm", "optim/learning_rate"}
+    always |= {"throughput/tokens_per_second", "throughput/mfu"}
+    evaluated = {"val/loss", "val/accuracy", "val/bpc"}
+    assert all(always <= set(line) for line in lines)
+    assert [evaluated <= set(line) for line in lines] == [False, True, False, True]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    best = min(lines[1]["val/loss"], lines[3]["val/loss"])
+    assert summary["best/val_loss"] == best and summary["final/val_loss"] == lines[3]["val/loss"]
+    assert summary["mha_type"] == "standard" and summary["kv_cache_bytes_per_token"] == 2 * 2 * 32 * 4
+    names = {"best/step", "num_params", "tokens_per_second", "compile_seconds", "train_seconds", "device", "dataset"}
+    assert names | {"corpus_sha256", "versions"} <= set(summary)
+    assert (run_dir / ".hydra" / "overrides.yaml").is_file() and list((run_dir / "wandb").glob("offline-run-*"))
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "samples.txt").read_text().count("=== step ") == 2
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_config_yaml_is_the_resolved_configuration(finished: tuple[Path, str]) -> None:
+    config = read_config(finished[0] / "config.yaml")
+    assert config.model.dropout == 0.1 and config.trainer.num_steps == 20 and config.wandb.name == "standard"
+    header = checkpoint.load(finished[0] / "checkpoints" / "best.eqx")[1]
+    assert header.config == config and header.step == json.loads((finished[0] / "summary.json").read_text())["best/step"]
+
+
+def test_what_a_person_reads(finished: tuple[Path, str]) -> None:
+    run_dir, out = finished
+    expected = ["model.dropout=0.1", "512 bytes per token", "ln V 4.127", "bigram 2.4", "28,704", "100.0%", str(run_dir)]
+    expected += ["compiled the training step in", "best validation loss", "curves.png", "chargpt sample run=", "wandb sync "]
+    assert [text for text in expected if text not in out] == []
+    assert "\x1b" not in out  # plain lines where there is no terminal
+    assert max(map(len, out.splitlines())) <= 160
+
+
+def test_all_six_types_train_in_one_sweep(tmp_path: Path) -> None:
+    names = [kind.name for kind in AttentionType]
+    run("--multirun", *DEBUG, "trainer.num_steps=10", "trainer.sample_chars=0", f"model.mha_type={','.join(names)}",
+        f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/summary.json"))]
+    assert [summary["mha_type"] for summary in summaries] == names
+    assert all(2.0 < summary["final/val_loss"] < 4.2 for summary in summaries)
+    assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == [
+        f"{number}_{name}" for number, name in enumerate(names)
+    ]
+
+
+BAD_INPUT = {
+    "model.mha_typ=mla": "did you mean model.mha_type?",
+    "trainer.nm_steps=3": "did you mean trainer.num_steps?",
+    "model.mha_type=selctive": "did you mean selective?",
+    "model.d_model=wide": "model.d_model",
+    "model.num_heads=3": "does not divide model.d_model=32",
+    "model.mha_type=gqa model.num_heads=4 model.num_kv_heads=3": "does not divide model.num_heads=4",
+    "model.head_dim=5": "RoPE turns pairs",
+    "model.mha_type=selective model.qk_norm=true": "write model.qk_norm=false",
+    "model.num_layers=0": "must be at least 1",
+    "trainer.batch_size=-4": "must be at least 1",
+    "optimizer.learning_rate=nan": "must be a finite number",
+    "experiment=debgu": "debug",
+    "dataset.name=file": "write dataset.filepath=PATH",
+    "dataset.name=file dataset.filepath=/nowhere/text": "there is no such file",
+    "dataset.seq_len=100000": "the validation split has only 92552 characters",
+    "hydra.run.dir=/dev/null/run": "cannot be written",
+    "resume=/nowhere": "is no run directory",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments: str, tmp_path: Path) -> None:
+    directory = [] if "hydra.run.dir" in arguments else [f"hydra.run.dir={tmp_path / 'run'}"]
+    out, err = run(*DEBUG[: 1 if "experiment" not in arguments else 0], *arguments.split(), *directory, code=2)
+    assert BAD_INPUT[arguments] in err, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "compiled" not in out
+
+
+def test_a_typo_is_answered_before_jax_is_loaded() -> None:
+    out, _ = run("model.mha_typ=mla", code=2, PYTHONPROFILEIMPORTTIME="1")[::-1]
+    assert "chargpt.config" in out and "jaxlib" not in out
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
+    before = (finished[0] / "metrics.jsonl").read_bytes()
+    _, err = run(*DEBUG, f"hydra.run.dir={finished[0]}", code=2)
+    assert "already holds a run" in err and err.count("\n") == 1
+    assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
+    arguments = ["optimizer.learning_rate=1e30", "optimizer.grad_clip=null", "trainer.max_skipped_steps=3"]
+    _, err = run(*DEBUG, *arguments, f"hydra.run.dir={tmp_path / 'run'}", code=1)
+    assert err.count("\n") == 1 and "not finite in 3 steps in a row" in err and "checkpoint" in err
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupts, with dropout, in bfloat16."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(*INTERRUPTED, f"hydra.run.dir={run_dir}")
+    return run_dir
+
+
+INTERRUPTED = [*DEBUG, "model.dropout=0.1", "trainer.precision=bfloat16", "trainer.num_steps=240", "trainer.log_every=10"]
+INTERRUPTED += ["trainer.eval_every=40", "trainer.checkpoint_every=20", "model.mha_type=mla"]
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the run has logged `step`."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and f'"trainer/step": {step},' in path.read_text():
+            return
+        assert process.poll() is None, "".join(process.communicate())
+        time.sleep(0.01)
+    raise AssertionError("the run did not get there")
+
+
+def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(tmp_path: Path, reference: Path) -> None:
+    run_dir = tmp_path / "run"
+    for arguments, step in (([*INTERRUPTED, f"hydra.run.dir={run_dir}"], 50), ([f"resume={run_dir}"], 130)):
+        process = start(*arguments)
+        wait_for_step(process, run_dir, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    out, _ = run(f"resume={run_dir}")
+    assert "resuming" in out
+    assert_same_run(run_dir, reference)
+    out, _ = run(f"resume={run_dir}")
+    assert "already complete" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_summarises_and_exits_with_its_code(number: signal.Signals, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(*LONG, f"hydra.run.dir={run_dir}")
+    wait_for_step(process, run_dir, 20)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and err == ""
+    step = json.loads((run_dir / "summary.json").read_text())["final/step"]
+    assert checkpoint.load(run_dir / "checkpoints" / "last.eqx")[1].step == step == metrics(run_dir)[-1]["trainer/step"]
+    assert (run_dir / "curves.png").is_file() and f"python main.py resume={os.path.relpath(run_dir, ROOT)}" in out
+
+
+def test_a_resumed_run_takes_a_longer_num_steps_and_refuses_another_model(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run(*DEBUG, f"hydra.run.dir={run_dir}")
+    _, err = run(f"resume={run_dir}", "model.d_model=64", code=2)
+    assert err == "error: model.d_model: is 32 in that run and cannot become 64; start another run, or leave model.d_model=32\n"
+    out, _ = run(f"resume={run_dir}", "trainer.num_steps=30")
+    assert "trainer.num_steps: 20 -> 30" in out
+    assert [line["trainer/step"] for line in metrics(run_dir)] == [5, 10, 15, 20, 25, 30]
+    seconds = [line["trainer/seconds"] for line in metrics(run_dir)]
+    assert seconds == sorted(seconds)
+
+
+def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_is_used(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run(*DEBUG, f"hydra.run.dir={run_dir}")
+    expected = leaves_of(run_dir)
+    last = run_dir / "checkpoints" / "last.eqx"
+    last.write_bytes(last.read_bytes()[:-1000])
+    out, _ = run(f"resume={run_dir}")
+    assert "is damaged or incomplete" in out and "at step 10" in out
+    assert leaves_of(run_dir) == expected
+
+
+def test_chargpt_sample_writes_the_text_alone_to_standard_output(finished: tuple[Path, str]) -> None:
+    arguments = ["sample", f"run={finished[0]}", "prompt=HAMLET:", "num_chars=100", "seed=3"]
+    out, err = run(*arguments, module=True)
+    assert out.startswith("HAMLET:") and len(out) == len("HAMLET:") + 100 + 1
+    assert "KV cache 16,384 bytes per sample" in err
+    assert run(*arguments, module=True)[0] == out
+    greedy = [run(*arguments, "temperature=0", f"seed={seed}", module=True)[0] for seed in (1, 2)]
+    assert greedy[0] == greedy[1] != out
+
+
+def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = run("evaluate", f"run={finished[0]}", module=True)
+    config = read_config(finished[0] / "config.yaml")
+    assert differences(config)["trainer.eval_tokens"] == 2048  # the run looked at a part; the tool looks at all
+    loss = float(out.split()[1])
+    assert abs(loss - json.loads((finished[0] / "summary.json").read_text())["best/val_loss"]) < 0.05
+    (tmp_path / "text").write_text("To be, or not to be: 12345 = that is the question.\n" * 5)
+    out, err = run("evaluate", f"run={finished[0]}", "dataset.name=file", f"dataset.filepath={tmp_path / 'text'}", module=True)
+    assert "30 characters ('1' x 5" in err and "'=' x 5" in err
+    assert np.isfinite(float(out.split()[1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sampel", "did you mean sample?"),
+        ("sample run=/nowhere", "there is no such directory"),
+        ("sample promt=x", "did you mean prompt?"),
+        ("sample prompt=", "is empty"),
+        ("sample temperature=-1", "[0, inf)"),
+        ("sample top_p=1.5", "(0, 1]"),
+        ("sample top_k=0", "must be at least 1"),
+        ("sample num_chars=many", "is no whole number"),
+        ("sample checkpoint=bset", "did you mean best?"),
+        ("sample", "there is none in outputs/ or multirun/"),
+    ],
+)
+def test_bad_input_to_a_tool_is_one_clear_line(arguments: str, message: str, tmp_path: Path) -> None:
+    out, err = run(*arguments.split(), module=True, cwd=tmp_path, code=2)
+    assert message in err and err.count("\n") == 1 and out == ""
+
+
+def test_an_unknown_character_in_the_prompt_is_named(finished: tuple[Path, str]) -> None:
+    _, err = run("sample", f"run={finished[0]}", "prompt=A=B", module=True, code=2)
+    assert err.startswith("error: prompt: not in the vocabulary: '='")
+
+
+def test_a_saved_configuration_round_trips_through_json(finished: tuple[Path, str]) -> None:
+    with open(finished[0] / "checkpoints" / "last.eqx", "rb") as file:
+        assert from_plain(json.loads(file.readline())["config"]) == read_config(finished[0] / "config.yaml")

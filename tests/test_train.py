@@ -1,0 +1,134 @@
+"""The training step, and what a run of steps promises: the same numbers, however they are cut."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import small_config
+
+from chargpt.config import AttentionType, Config, Precision
+from chargpt.corpus import make_windows
+from chargpt.train import TrainState, cross_entropy, evaluate, init_state, loss_fn, train_steps
+
+VOCABULARY = 20
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 600), jnp.int32)
+
+
+def start(config: Config) -> TrainState:
+    return eqx.filter_jit(lambda: init_state(config, VOCABULARY))()
+
+
+def compiled(config: Config, num_steps: int):
+    return eqx.filter_jit(lambda state, tokens: train_steps(state, tokens, config, num_steps))
+
+
+def assert_equal(a: object, b: object) -> None:
+    a, b = eqx.filter(a, eqx.is_array), eqx.filter(b, eqx.is_array)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_every_type_learns_a_repeating_text(mha_type: AttentionType) -> None:
+    config = small_config(f"model.mha_type={mha_type.name}", "optimizer.warmup_steps=5", "optimizer.learning_rate=1e-2")
+    tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
+    state, metrics = compiled(config, 40)(start(config), tokens)
+    assert abs(float(metrics.loss[0]) - np.log(VOCABULARY)) < 0.1
+    assert float(metrics.loss[-1]) < 0.5 * float(metrics.loss[0])
+    assert int(state.step) == 40 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.name)
+def test_same_seed_same_curve_bit_for_bit_and_another_seed_another(precision: Precision) -> None:
+    config = small_config("model.dropout=0.1", f"trainer.precision={precision.name}")
+    first, second = (compiled(config, 6)(start(config), TOKENS) for _ in range(2))
+    assert_equal(first, second)
+    other = small_config("model.dropout=0.1", f"trainer.precision={precision.name}", "seed=1")
+    assert not np.array_equal(compiled(other, 6)(start(other), TOKENS)[1].loss, first[1].loss)
+    leaves = jax.tree.leaves(eqx.filter(first[0].model, eqx.is_inexact_array))
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+def test_steps_cut_into_chunks_are_the_same_steps(mha_type: AttentionType) -> None:
+    config = small_config(f"model.mha_type={mha_type.name}", "model.dropout=0.2")
+    whole, metrics = compiled(config, 6)(start(config), TOKENS)
+    steps = compiled(config, 3)
+    state, first = steps(start(config), TOKENS)
+    state, second = steps(state, TOKENS)
+    assert_equal(state, whole)
+    np.testing.assert_array_equal(np.concatenate([first.loss, second.loss]), metrics.loss)
+
+
+def test_gradient_accumulation_changes_memory_not_mathematics() -> None:
+    whole = small_config("trainer.batch_size=4")
+    parts = small_config("trainer.batch_size=4", "trainer.grad_accum_steps=4")
+    state, metrics = compiled(whole, 1)(start(whole), TOKENS)
+    other, other_metrics = compiled(parts, 1)(start(parts), TOKENS)
+    np.testing.assert_allclose(other_metrics.loss, metrics.loss, rtol=1e-6)
+    np.testing.assert_allclose(other_metrics.grad_norm, metrics.grad_norm, rtol=1e-5)
+    moments = [eqx.filter(s.opt_state, eqx.is_inexact_array) for s in (state, other)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), *moments)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    config = small_config("optimizer.warmup_steps=0")
+    good, _ = compiled(config, 2)(start(config), TOKENS)
+    broken = eqx.tree_at(lambda s: s.model.embedding, good, good.model.embedding.at[0, 0].set(jnp.inf))
+    state, metrics = compiled(config, 3)(broken, TOKENS)
+    assert_equal(state.model, broken.model)
+    assert_equal(state.opt_state, broken.opt_state)
+    assert int(state.step) == 5
+    np.testing.assert_array_equal(metrics.skipped_in_a_row, [1, 2, 3])
+    mended = eqx.tree_at(lambda s: s.model, state, good.model)
+    state, metrics = compiled(config, 1)(mended, TOKENS)
+    assert int(state.skipped_in_a_row) == 0 and int(state.skipped) == 3
+    assert not np.array_equal(state.model.embedding, good.model.embedding)
+
+
+def test_the_logged_learning_rate_is_the_one_that_was_applied() -> None:
+    config = small_config("optimizer.warmup_steps=3", "optimizer.learning_rate=1e-2")
+    _, metrics = compiled(config, 4)(start(config), TOKENS)
+    np.testing.assert_allclose(metrics.learning_rate, [2.5e-3, 5e-3, 7.5e-3, 1e-2], rtol=1e-6)
+
+
+def test_cross_entropy_is_that_of_integer_labels() -> None:
+    logits = jax.random.normal(jax.random.key(0), (5, 7, VOCABULARY))
+    targets = jax.random.randint(jax.random.key(1), (5, 7), 0, VOCABULARY)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_evaluation_is_the_mean_over_every_character_whatever_the_batch(batch_size: int) -> None:
+    config = small_config()
+    model, length = start(config).model, config.dataset.seq_len
+    split = np.asarray(TOKENS[:170])
+    losses, correct = [], []
+    for begin in range(0, len(split) - 1, length):  # window after window, the last one short
+        inputs, targets = split[begin : begin + length], split[begin + 1 : begin + length + 1]
+        logits = model(jnp.asarray(inputs[: len(targets)]))
+        losses += list(np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(targets))))
+        correct += list(np.asarray(logits.argmax(-1)) == targets)
+    assert len(losses) == len(split) - 1
+    scores = evaluate(model, make_windows(split, length), batch_size, Precision.float32)
+    assert scores["val/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert scores["val/bpc"] == pytest.approx(np.mean(losses) / np.log(2), rel=1e-6)
+    assert scores["val/accuracy"] == pytest.approx(np.mean(correct), rel=1e-6)
+
+
+def test_the_compiled_step_has_no_scatter_and_no_conditional(mha_type: AttentionType) -> None:
+    """A scatter-add over 65 rows is what makes a small vocabulary slow on a GPU; a conditional stops its pipeline."""
+    config = small_config(f"model.mha_type={mha_type.name}", "model.dropout=0.1")
+    text = compiled(config, 2).lower(start(config), TOKENS).as_text()
+    assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
+
+
+def test_in_bfloat16_every_matrix_product_of_the_step_has_bfloat16_operands(mha_type: AttentionType) -> None:
+    config = small_config(f"model.mha_type={mha_type.name}", "trainer.precision=bfloat16")
+    model = start(config).model
+    inputs = TOKENS[:32].reshape(2, 16)
+    gradient = eqx.filter_jit(eqx.filter_grad(lambda m: loss_fn(m, inputs, inputs, None, jnp.bfloat16)))
+    products = [line for line in gradient.lower(model).as_text().split("\n") if "stablehlo.dot_general" in line]
+    assert products and all("xf32>, tensor" not in line.split(" : ")[-1] for line in products)
