@@ -7,6 +7,6 @@ stay free of it, and of JAX, so that a mistyped option is answered at once.
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("attention", "checkpoint", "corpus", "flops", "generate", "model", "optimizer", "train")
+CHECKED = ("attention", "checkpoint", "corpus", "generate", "model", "optimizer", "train")
 
 install_import_hook([f"chargpt.{name}" for name in CHECKED], "beartype.beartype")

@@ -339,7 +339,9 @@ def from_plain(plain: dict[str, Any]) -> Config:
     texts = [text for value in flatten(plain).values() for text in (value if isinstance(value, list) else [value])]
     if any(isinstance(text, str) and "${" in text for text in texts):
         raise ConfigError("a saved configuration holds plain values, no ${...}")
-    return parse(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    assert isinstance(merged, DictConfig)
+    return parse(merged)
 
 
 def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -352,8 +354,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(config: Config) -> dict[str, Any]:
     """The settings that differ from configs/default.yaml, by dotted name; those that follow others there are left out."""
-    default = OmegaConf.to_container(OmegaConf.load(CONFIGS / "default.yaml"))
-    assert isinstance(default, dict)
+    default: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "default.yaml"))
     chosen, usual = flatten(to_plain(config)), flatten(default)
     return {name: value for name, value in chosen.items() if value != usual[name] and not str(usual[name]).startswith("${")}
 
