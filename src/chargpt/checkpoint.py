@@ -46,6 +46,7 @@ class Header:
     best_val_loss: float | None
     best_step: int | None
     versions: dict[str, str]
+    record_sizes: dict[str, int]  # bytes of the run's metrics and samples when this was written
 
     def to_json(self, leaves: list[list[Any]]) -> bytes:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,6 +1,6 @@
 """Going on with a run: its directory, its configuration, its newest whole checkpoint, its records cut back to that step."""
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from chargpt.config import Config, ConfigError, flatten, from_plain, parse, to_p
 from chargpt.corpus import Corpus
 from chargpt.train import TrainState
 
+RECORDS = ("metrics.jsonl", "samples.txt")
 CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole one is taken
 MAX_CONFIG_BYTES = 1 << 20
 # What would make it another run: the model, the text, the randomness, the state of the optimizer.
@@ -86,15 +87,14 @@ def check_corpus(header: checkpoint.Header, corpus: Corpus) -> None:
         raise ConfigError(f"dataset: the vocabulary was {header.vocabulary!r}, is {corpus.tokenizer.vocabulary!r}")
 
 
-def cut_records(run_dir: Path, step: int) -> None:
-    """Drop what metrics.jsonl and samples.txt say of steps after `step`: they are about to be trained again."""
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # the last piece is empty, or cut short by a crash
-        kept = [line for line in lines if json.loads(line)["trainer/step"] <= step]
-        checkpoint.write_durably(metrics, "".join(line + "\n" for line in kept).encode())
-    samples = run_dir / "samples.txt"
-    if samples.exists():
-        parts = ("\n" + samples.read_text(encoding="utf-8")).split("\n=== step ")[1:]
-        kept = [part for part in parts if int(part.split("\n")[0]) <= step]
-        checkpoint.write_durably(samples, "".join(f"=== step {part}\n" for part in kept).encode())
+def cut_records(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Cut metrics.jsonl and samples.txt back to what they were at a checkpoint: what came after is trained again."""
+    for name in RECORDS:
+        path = run_dir / name
+        if path.exists():
+            os.truncate(path, min(path.stat().st_size, sizes.get(name, 0)))
+
+
+def record_sizes(run_dir: Path) -> dict[str, int]:
+    """Bytes of every record of a run, as a checkpoint keeps them."""
+    return {name: (run_dir / name).stat().st_size for name in RECORDS if (run_dir / name).exists()}

@@ -28,7 +28,7 @@ from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token, measure_peak_flops
 from chargpt.generate import generate
 from chargpt.report import draw_curves
-from chargpt.resume import check_corpus, cut_records, load_newest, read_config, with_overrides
+from chargpt.resume import check_corpus, cut_records, load_newest, read_config, record_sizes, with_overrides
 from chargpt.tracking import MetricsFile, WandbRun, read_metrics
 from chargpt.train import (
     EVAL_TOKENS_PER_BATCH,
@@ -71,7 +71,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> float:
             if header.step >= config.trainer.num_steps and header.best_val_loss is not None:
                 console.say(f"already complete at step {header.step}: a larger trainer.num_steps goes on")
                 return header.best_val_loss
-        cut_records(run_dir, 0 if restored is None else restored[1].step)
+        cut_records(run_dir, {} if restored is None else restored[1].record_sizes)
         return Run(config, run_dir, corpus, console, restored).train(stop)
 
 
@@ -379,6 +379,7 @@ class Run:
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
             versions=self.versions,
+            record_sizes=record_sizes(self.run_dir),
         )
 
     def _checkpoint(self, name: str) -> Path:
