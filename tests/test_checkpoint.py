@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def tiny_config(*overrides: str) -> Config:
     return small_config(*TINY, *overrides)
 
 
-def random_state(config: Config, seed: int = 0, step: int = 7) -> TrainState:
+def random_state(config: Config, seed: int = 0, step: int = 7, vocabulary: str = VOCABULARY) -> TrainState:
     """A state whose every leaf is random bits, infinities and every kind of NaN among them, at `step`."""
     rng = np.random.default_rng(seed)
 
@@ -59,7 +60,7 @@ def random_state(config: Config, seed: int = 0, step: int = 7) -> TrainState:
             return leaf
         return jnp.array(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape))
 
-    return at_step(jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(VOCABULARY))), step)
+    return at_step(jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(vocabulary))), step)
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
@@ -70,7 +71,8 @@ def at_step(state: TrainState, step: int) -> TrainState:
 
 def make_header(config: Config, **changes: Any) -> Header:
     fields = dict(vocabulary=VOCABULARY, corpus_sha256="0f" * 32, step=7, seconds=0.1 + 0.2, best_val_loss=1 / 3, best_step=5)
-    return Header(**{"config": config, "versions": {"jax": "0.10.2"}, **fields, **changes})
+    fields |= dict(config=config, versions={"jax": "0.10.2"}, record_sizes={"metrics.jsonl": 1000, "samples.txt": 0})
+    return Header(**fields | changes)
 
 
 def assert_same_bits(found: TrainState, expected: TrainState) -> None:
@@ -216,7 +218,8 @@ def test_equinox_alone_reads_the_leaves(mha_type: AttentionType, dropout: str, t
     checkpoint.save(tmp_path / "last.eqx", state, make_header(config))
     with open(tmp_path / "last.eqx", "rb") as file:
         assert json.loads(file.readline())["step"] == 7
-        assert_same_bits(eqx.tree_deserialise_leaves(file, random_state(config, seed=1)), state)
+        like = eqx.filter(random_state(config, seed=1), eqx.is_array)  # without dropout's rates, which the configuration has
+        assert_same_bits(eqx.tree_deserialise_leaves(file, like), eqx.filter(state, eqx.is_array))
 
 
 def test_saving_replaces_the_file_whole(tiny_file: Path, tmp_path: Path):
@@ -234,23 +237,19 @@ def test_saving_replaces_the_file_whole(tiny_file: Path, tmp_path: Path):
 
 
 def test_a_file_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
-    data, path = tiny_file.read_bytes(), tmp_path / "cut.eqx"
-    for end in range(len(data)):
-        path.write_bytes(data[:end])
+    path = Path(shutil.copy(tiny_file, tmp_path / "cut.eqx"))
+    for end in reversed(range(path.stat().st_size)):
+        os.truncate(path, end)
         assert "is damaged or incomplete" in refusal(path), end
-    path.write_bytes(data)
-    checkpoint.load(path)
 
 
 def test_a_bit_flipped_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
-    data, path = bytearray(tiny_file.read_bytes()), tmp_path / "flipped.eqx"
-    for offset in range(len(data)):
-        bit = 1 << random.Random(offset).randrange(8)
-        data[offset] ^= bit
-        path.write_bytes(data)
-        data[offset] ^= bit
-        assert "SHA-256" in refusal(path), offset
-    path.write_bytes(data)
+    path = Path(shutil.copy(tiny_file, tmp_path / "flipped.eqx"))
+    with open(path, "r+b", buffering=0) as file:
+        for offset, byte in enumerate(tiny_file.read_bytes()):
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << random.Random(offset).randrange(8)]), offset)
+            assert "SHA-256" in refusal(path), offset
+            os.pwrite(file.fileno(), bytes([byte]), offset)
     checkpoint.load(path)
 
 
@@ -272,7 +271,7 @@ def test_a_forgery_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path
     content = tiny_file.read_bytes()[:-DIGEST]
     begin = content.index(b"\n") + 1
     edges = [begin - 1, begin, begin + 1, begin + 6, begin + 10, begin + 127, begin + 128, begin + 129, len(content) - 1]
-    for end in sorted({*range(0, begin, 11), *range(begin, len(content), 151), *edges}):
+    for end in sorted({*range(0, begin, 11), *range(begin, len(content), 311), *edges}):
         refusal(write_forged(tmp_path / "cut.eqx", content[:end]))
 
 
@@ -372,18 +371,16 @@ def test_a_header_at_another_step_than_its_leaves_is_refused(parts: Parts, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "vocabulary", "corpus_sha256", "step", "seconds", "versions", "leaves", "best_step"]
+    "name", ["config", "vocabulary", "corpus_sha256", "step", "seconds", "versions", "leaves", "best_step", "record_sizes"]
 )
 def test_a_header_without_a_field_is_refused(name: str, parts: Parts, tmp_path: Path):
     del parts.fields[name]
     assert name in refusal(parts.write(tmp_path / "x.eqx"))
 
 
-@pytest.mark.parametrize("value", ["text", [], {}, 1.5, [[1]], None])
+@pytest.mark.parametrize("value", ["text", [], {"a": []}, 1.5, [[1]], None], ids=str)
 @pytest.mark.parametrize("name", ["step", "config", "versions", "config.model", "config.seed"])
 def test_a_field_of_another_type_is_refused(name: str, value: Any, parts: Parts, tmp_path: Path):
-    if (name, value) == ("versions", {}):
-        pytest.skip("that is a version table, if an empty one")
     refusal(parts.set(name, value).write(tmp_path / "x.eqx"))
 
 
@@ -455,8 +452,7 @@ HOSTILE: dict[str, Callable[[Parts, Path], Any]] = {
     **{f"d_model={n:.0e}": field("config.model.d_model", n) for n in (10**6, 10**9, 10**12, 10**30)},
     **{f"d_ff={n:.0e}": field("config.model.d_ff", n) for n in (10**9, 2**62, 10**30)},
     **{f"num_heads={n:.0e}": field("config.model.num_heads", n) for n in (10**9, 10**12)},
-    "batch_size=1e12": field("config.trainer.batch_size", 10**12),
-    "batch_size=1e12, odd parts": lambda parts, _: parts.set("config.trainer", {"batch_size": 10**12, "grad_accum_steps": 7}),
+    "batch_size=1e12": lambda parts, _: parts.fields["config"]["trainer"].update(batch_size=10**12, grad_accum_steps=7),
     "num_layers=1e400": field("config.model.num_layers", 10**400),
     "num_layers=-1": field("config.model.num_layers", -1),
     "learned positions, seq_len=1e12": lambda parts, _: parts.set("config.model.learned_positions", True).set(
@@ -477,6 +473,10 @@ HOSTILE: dict[str, Callable[[Parts, Path], Any]] = {
     "two million brackets": header_line(b"[" * 2_000_000),
     "half a million brackets": header_line(b"[" * 500_000),
     "100,000 nested objects": header_line(b'{"a":' * 100_000),
+    "a setting's name of two lines": lambda parts, _: parts.fields["config"].update({"a\nb\x1b[2J": 1}),
+    "a setting's name of 100,000 characters": lambda parts, _: parts.fields["config"].update({"a" * 100_000: 1}),
+    "a field's name of two lines": field("a\nb\x1b[2J", 1),
+    "records of a negative size": field("record_sizes", {"metrics.jsonl": -1}),
     "900 nested settings": lambda parts, _: setattr(
         parts, "line", json.dumps(parts.fields).encode()[:-1] + b', "config": ' + b'{"a":' * 900 + b"1" + b"}" * 901
     ),
@@ -525,23 +525,6 @@ HOSTILE: dict[str, Callable[[Parts, Path], Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def verdicts(tiny_file: Path, nursery: "Nursery", tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What loading every hostile file came to, in one process with little memory to spare."""
-    folder = tmp_path_factory.mktemp("hostile")
-    whole = tiny_file.read_bytes()
-    for number, change in enumerate(HOSTILE.values()):
-        parts = Parts(whole)
-        change(parts, folder / "canary")
-        path = parts.write(folder / f"{number}.eqx")
-        if b"CANARY" in path.read_bytes():
-            write_forged(path, path.read_bytes()[:-DIGEST].replace(b"CANARY", b"canary"))
-    assert nursery.run(child_load_all, folder=str(folder), good=str(tiny_file), seconds=4 * len(HOSTILE)) == 0
-    assert not (folder / "canary").exists()
-    report = json.loads((folder / "report.json").read_text())
-    return dict(zip(HOSTILE, report, strict=True))
-
-
 def child_load_all(folder: str, good: str) -> None:
     os.chdir(folder)  # where a relative canary would appear
     checkpoint.load(Path(good))  # JAX has started, with all that it maps
@@ -568,12 +551,22 @@ def child_load_all(folder: str, good: str) -> None:
     Path("report.json").write_text(json.dumps(report))
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_in_one_line_soon_and_without_memory(name: str, verdicts: dict[str, dict[str, Any]]):
-    verdict = verdicts[name]
-    assert verdict["kind"] == "CheckpointError", verdict
-    assert verdict["seconds"] < SECONDS_TO_REFUSE
-    assert verdict["text"].isprintable() and len(verdict["text"]) < 2000, verdict["text"]
+def test_hostile_files_are_refused_in_one_line_soon_and_without_memory(tiny_file: Path, nursery: "Nursery", tmp_path: Path):
+    """All of them by one process, which may take little more memory than it had before the first."""
+    whole = tiny_file.read_bytes()
+    for number, change in enumerate(HOSTILE.values()):
+        parts = Parts(whole)
+        change(parts, tmp_path / "canary")
+        write_forged(tmp_path / f"{number}.eqx", parts.content().replace(b"CANARY", b"canary"))
+    assert nursery.run(child_load_all, folder=str(tmp_path), good=str(tiny_file), seconds=4 * len(HOSTILE)) == 0
+    assert not (tmp_path / "canary").exists()
+    verdicts = dict(zip(HOSTILE, json.loads((tmp_path / "report.json").read_text()), strict=True))
+    assert {name: verdict for name, verdict in verdicts.items() if not is_refusal(**verdict)} == {}
+
+
+def is_refusal(kind: str, text: str, seconds: float) -> bool:
+    one_line = text.isprintable() and len(text) < 2000
+    return kind == "CheckpointError" and one_line and seconds < SECONDS_TO_REFUSE
 
 
 JSON_VALUES = st.recursive(
@@ -583,7 +576,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(value=JSON_VALUES, data=st.data())
 def test_any_value_anywhere_in_the_header_is_refused_or_harmless(tiny_file: Path, value: Any, data: st.DataObject):
     """The digest is right. What is not refused has the leaves it had."""
@@ -602,7 +595,7 @@ def walk(node: Any) -> Iterator[tuple[Any, Any]]:
         yield from walk(node[key])
 
 
-@hypothesis.settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(place=st.floats(0, 1, exclude_max=True), in_header=st.booleans(), byte=st.integers(0, 255))
 def test_any_byte_anywhere_is_refused_or_harmless_even_with_the_digest_right(
     tiny_file: Path, place: float, in_header: bool, byte: int
@@ -632,28 +625,28 @@ def assert_refused_or_same(path: Path, original: Path) -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("config.wandb.name", "${oc.env:CHARGPT_SECRET}"),
-        ("config.wandb.entity", "x${oc.env:CHARGPT_SECRET}"),
-        ("config.dataset.filepath", "${oc.env:CHARGPT_SECRET}"),
-        ("config.seed", "${oc.decode:'1'}"),
-        ("config.mode", "${oc.env:CHARGPT_MODE}"),
-        ("config.model.mha_type", "${model.norm}"),
-        ("config.model", "${oc.env:CHARGPT_SECRET}"),
+        ("config/wandb/name", "${oc.env:CHARGPT_SECRET}"),
+        ("config/wandb/entity", "x${oc.env:CHARGPT_SECRET}"),
+        ("config/dataset/filepath", "${oc.env:CHARGPT_SECRET}"),
+        ("config/seed", "${oc.decode:'1'}"),
+        ("config/mode", "${oc.env:CHARGPT_MODE}"),
+        ("config/model/mha_type", "${model.norm}"),
+        ("config/model", "${oc.env:CHARGPT_SECRET}"),
         ("config", "${oc.env:CHARGPT_SECRET}"),
-        ("config.wandb.tags", "${oc.env:CHARGPT_SECRET}"),
-        ("config.wandb.tags", ["a", "${oc.env:CHARGPT_SECRET}"]),
-        ("config.wandb.tags", [["${oc.env:CHARGPT_SECRET}"]]),
-        ("config.wandb.tags", [{"a": "${oc.env:CHARGPT_SECRET}"}]),
-        ("config.wandb.tags", {"a": "${oc.env:CHARGPT_SECRET}"}),
-        ("config.${oc.env:CHARGPT_SECRET}", 1),
-        ("config._target_", "os.mkdir"),
-        ("config.model._target_", "os.mkdir"),
-        ("config.model.mla", {"_target_": "os.mkdir", "_args_": ["canary"]}),
-        ("config.wandb", {"_target_": "os.mkdir", "path": "canary"}),
-        ("config.defaults", ["experiment: debug"]),
-        ("config.hydra", {"run": {"dir": "canary"}}),
-        ("config.seed", "!!python/object/apply:os.mkdir ['canary']"),
-        ("config.!!python/object/apply:os.mkdir", ["canary"]),
+        ("config/wandb/tags", "${oc.env:CHARGPT_SECRET}"),
+        ("config/wandb/tags", ["a", "${oc.env:CHARGPT_SECRET}"]),
+        ("config/wandb/tags", [["${oc.env:CHARGPT_SECRET}"]]),
+        ("config/wandb/tags", [{"a": "${oc.env:CHARGPT_SECRET}"}]),
+        ("config/wandb/tags", {"a": "${oc.env:CHARGPT_SECRET}"}),
+        ("config/${oc.env:CHARGPT_SECRET}", 1),
+        ("config/_target_", "os.mkdir"),
+        ("config/model/_target_", "os.mkdir"),
+        ("config/model/mla", {"_target_": "os.mkdir", "_args_": ["canary"]}),
+        ("config/wandb", {"_target_": "os.mkdir", "path": "canary"}),
+        ("config/defaults", ["experiment: debug"]),
+        ("config/hydra", {"run": {"dir": "canary"}}),
+        ("config/seed", "!!python/object/apply:os.mkdir ['canary']"),
+        ("config/!!python:os.mkdir", ["canary"]),
         ("versions", {"jax": {"_target_": "os.mkdir", "path": "canary"}}),
         ("_target_", "os.mkdir"),
     ],
@@ -664,7 +657,7 @@ def test_a_configuration_is_data_and_neither_resolved_nor_instantiated(
     monkeypatch.setenv("CHARGPT_SECRET", "hunter2")
     monkeypatch.setenv("CHARGPT_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    *groups, last = name.split(".") if "$" not in name else ("config", name.removeprefix("config."))
+    *groups, last = name.split("/")
     container = parts.fields
     for group in groups:
         container = container[group]
@@ -758,7 +751,13 @@ def make_run(run_dir: Path, said: list[str]) -> Run:
     run.console = SimpleNamespace(say=said.append)
     run.seconds_before, run.began = 0.0, time.perf_counter()
     run.best_val_loss, run.best_step, run.versions = None, None, {}
+    note_saved(run)
     return run
+
+
+def note_saved(run: Run) -> None:
+    with open(run.run_dir / "saved", "a") as file:
+        file.write(f"{run.step}\n")
 
 
 def save_next(run: Run, *names: str) -> None:
@@ -767,12 +766,11 @@ def save_next(run: Run, *names: str) -> None:
     run.state = at_step(run.state, run.step)
     for name in names:
         run._save(name)
-    with open(run.run_dir / "saved", "a") as file:
-        file.write(f"{run.step}\n")
+    note_saved(run)
 
 
 def steps_saved(run_dir: Path) -> int:
-    """The last step whose saving was over before the process was killed."""
+    """The last step that was loaded, or whose saving was over, before the process was killed."""
     noted = run_dir / "saved"
     return int(noted.read_text().split()[-1]) if noted.exists() and noted.read_text() else 0
 
@@ -840,7 +838,7 @@ def test_sigkill_at_random_moments_leaves_the_newest_whole(nursery: Nursery, tmp
         before = steps_saved(tmp_path)
         process = nursery.start(child_save_forever, run_dir=str(tmp_path))
         deadline = time.monotonic() + 30
-        while steps_saved(tmp_path) == before and time.monotonic() < deadline:
+        while steps_saved(tmp_path) <= max(before, reached) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.06))
         os.kill(process, signal.SIGKILL)

@@ -25,7 +25,7 @@ def start(*arguments: str | Path, cwd: Path = ROOT, module: bool = False, **envi
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "100"} | environment,
+        env={**os.environ, "COLUMNS": "100", "XLA_FLAGS": "", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -161,7 +161,8 @@ class ModelConfig:
         if self.rope:
             name, width = ("model.mla.qk_rope_head_dim", self.mla.qk_rope_head_dim)
             if self.mha_type is not AttentionType.mla:
-                name, width = ("model.head_dim", self.head_width)
+                name = "model.head_dim" if self.mha_type in GROUPED else "model.d_model / model.num_heads"
+                width = self.head_width
             require(
                 width % 2 == 0,
                 f"{name}={width}: RoPE turns pairs of numbers, so it must be even; or write model.rope=false",
@@ -199,7 +200,8 @@ GROUPED = (AttentionType.standard, AttentionType.gqa, AttentionType.mqa)
 
 
 def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    """The divisors of `number`, up to more than any sensible choice: an absurd number is answered at once too."""
+    return [candidate for candidate in range(1, min(number, 4096) + 1) if number % candidate == 0]
 
 
 @dataclasses.dataclass
@@ -275,6 +277,9 @@ class WandbConfig:
     name: str
     tags: list[str]
 
+    def __post_init__(self) -> None:  # OmegaConf lets lists inside of a list through
+        require(all(isinstance(tag, str) for tag in self.tags), f"wandb.tags={self.tags}: must be a list of plain texts")
+
 
 @dataclasses.dataclass
 class Config:
@@ -324,6 +329,8 @@ def parse(composed: DictConfig) -> Config:
     except ConfigError as error:
         raise ConfigError(str(error).split("\n")[0]) from None  # without the lines that OmegaConf adds
     assert isinstance(config, Config)
+    for name, value in flatten(dataclasses.asdict(config)).items():
+        require("${" not in str(value), f"{name}={value}: holds ${{, which a saved configuration may not; write it without")
     return config
 
 
@@ -336,9 +343,7 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any]) -> Config:
     """The configuration that `to_plain` made, all rules checked again; what only looks like one is refused, not obeyed."""
-    texts = [text for value in flatten(plain).values() for text in (value if isinstance(value, list) else [value])]
-    if any(isinstance(text, str) and "${" in text for text in texts):
-        raise ConfigError("a saved configuration holds plain values, no ${...}")
+    require("${" not in str(plain), "a saved configuration holds plain values, no ${...}")
     merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
     assert isinstance(merged, DictConfig)
     return parse(merged)

@@ -1,12 +1,13 @@
 """Text sources, the character tokenizer, the train/validation split, and batches drawn from it."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import http.client
 import math
 import os
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -68,14 +69,18 @@ class Corpus:
         """
         size = len(self.tokenizer)
         unigram = np.bincount(self.train, minlength=size) + 1.0
-        bigram = np.ones((size, size))
-        np.add.at(bigram, (self.train[:-1], self.train[1:]), 1)
-        unigram, bigram = unigram / unigram.sum(), bigram / bigram.sum(axis=1, keepdims=True)
-        targets = self.val[1:]
+        firsts = np.bincount(self.train[:-1], minlength=size) + float(size)
+        # Pairs as numbers, only those that occur: a table of all pairs of a large alphabet would take gigabytes.
+        pairs = lambda tokens: tokens[:-1].astype(np.int64) * size + tokens[1:]  # noqa: E731
+        seen, counts = np.unique(pairs(self.train), return_counts=True)
+        wanted = pairs(self.val)
+        place = np.searchsorted(seen, wanted).clip(max=len(seen) - 1)
+        bigram = (np.where(seen[place] == wanted, counts[place], 0) + 1) / firsts[self.val[:-1]]
+        unigram = unigram / unigram.sum()
         return {
             "uniform": math.log(size),
-            "unigram": float(-np.log(unigram[targets]).mean()),
-            "bigram": float(-np.log(bigram[self.val[:-1], targets]).mean()),
+            "unigram": float(-np.log(unigram[self.val[1:]]).mean()),
+            "bigram": float(-np.log(bigram).mean()),
         }
 
 
@@ -83,7 +88,8 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     """The text that `config` names; ConfigError if it is missing, not text, or too short for `seq_len`."""
     text = read_text(config)
     tokenizer = CharTokenizer.from_text(text)
-    require(len(tokenizer) > 1, f"dataset {config.name.name}: holds fewer than two different characters: nothing to learn")
+    source = f"dataset.filepath={config.filepath}" if config.filepath else f"dataset.name={config.name.name}"
+    require(len(tokenizer) > 1, f"{source}: holds fewer than two different characters; write a longer text")
     tokens = tokenizer.encode(text)
     cut = len(tokens) - int(len(tokens) * config.val_fraction)
     corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(text.encode()).hexdigest())
@@ -116,20 +122,21 @@ def read_source(config: DatasetConfig) -> bytes:
             return download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, cache / "tinyshakespeare.txt")
         case DatasetName.file:
             assert config.filepath is not None
-            return read_file(Path(config.filepath).expanduser())
+            return read_file(config.filepath)
 
 
-def read_file(path: Path) -> bytes:
-    name = f"dataset.filepath={path}"
-    require(path.exists(), f"{name}: there is no such file")
-    require(path.is_file(), f"{name}: is not a regular file")
-    size = path.stat().st_size
-    require(size > 0, f"{name}: is empty")
-    require(size <= MAX_BYTES, f"{name}: has {size:,} bytes; texts of up to {MAX_BYTES:,} fit here")
+def read_file(filepath: str) -> bytes:
+    name = f"dataset.filepath={filepath}"
     try:
+        path = Path(filepath).expanduser()
+        require(path.exists(), f"{name}: there is no such file")
+        require(path.is_file(), f"{name}: is not a regular file")
+        size = path.stat().st_size
+        require(size > 0, f"{name}: is empty")
+        require(size <= MAX_BYTES, f"{name}: has {size:,} bytes; texts of up to {MAX_BYTES:,} fit here")
         return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder of nobody
+        raise ConfigError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def download(url: str, sha256: str, path: Path) -> bytes:
@@ -142,24 +149,31 @@ def download(url: str, sha256: str, path: Path) -> bytes:
     data = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
-            total = int(response.headers.get("Content-Length") or 0)
+            total = f" of {response.length:,}" if response.length else ""
             while block := response.read(1 << 16):
                 data += block
-                print(f"\rdownloading {path.name}: {len(data):,} of {total or '?':,} bytes", end="", file=sys.stderr)
+                print(f"\rdownloading {path.name}: {len(data):,}{total} bytes", end="", file=sys.stderr)
                 require(len(data) <= MAX_BYTES, f"{url}: more than {MAX_BYTES:,} bytes; that is not the text")
         print(file=sys.stderr)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise ConfigError(
             f"dataset.name=tinyshakespeare: could not be downloaded ({reason}); "
             "write dataset.name=shakespeare (bundled), or dataset.name=file dataset.filepath=PATH"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     require(found == sha256, f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can") from error
     return bytes(data)
 
 

@@ -37,10 +37,11 @@ def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
 def flops_per_token(model: GPT, config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of a training step per token: 6 N + 12 L · width · t, forward and backward.
 
-    N counts the parameters that multiply (an untied embedding is looked up); width is that of all heads' queries together
-    (PaLM, arXiv 2204.02311, appendix B; the causal half that a fused kernel skips is counted).
+    N counts the parameters that multiply (positions and an untied embedding are looked up); width is that of all heads'
+    queries together (PaLM, arXiv 2204.02311, appendix B; the causal half that a fused kernel skips is counted).
     """
-    parameters = sum(count_parameters(model).values()) - (model.embedding.size if model.head is not None else 0)
+    parts = count_parameters(model)
+    parameters = sum(parts.values()) - parts.get("position embedding", 0) - (parts["token embedding"] if model.head else 0)
     width = config.num_heads * config.head_width
     if config.mha_type is AttentionType.mla:
         width = config.num_heads * (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim)

@@ -1,5 +1,6 @@
 """Figures of a run."""
 
+import warnings
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,8 +31,11 @@ def draw_curves(
         )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per character)")
-    axes.set_title(title, fontsize=11, loc="left")
+    title = "".join(character if character.isprintable() else " " for character in title)[:90]
+    axes.set_title(title, fontsize=11, loc="left", parse_math=False)
     axes.grid(alpha=0.25)
-    if axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="lower left")
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name may be in any script
+        figure.savefig(path)

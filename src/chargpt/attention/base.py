@@ -104,8 +104,9 @@ def dot_product_attention(
     which on a CPU is faster than `jax.nn.dot_product_attention` (docs/results.md) and takes values of any width.
     """
     if isinstance(mask, str):
-        if fused_kernel(queries.dtype, keys.shape[-1]):
-            width = values.shape[-1]  # the kernel wants one width: zeros added to the values come out as zeros
+        width = values.shape[-1]
+        if width <= keys.shape[-1] and fused_kernel(queries.dtype, keys.shape[-1]):
+            # The kernel wants one width: zeros added to the values come out as zeros
             values = jnp.pad(values, ((0, 0), (0, 0), (0, keys.shape[-1] - width)))
             out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
             return out[..., :width]
