@@ -885,7 +885,7 @@ def test_death_in_the_middle_of_a_write_leaves_the_newest_whole(tiny_file: Path,
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     size = (tmp_path / "checkpoints" / "last.eqx").stat().st_size
-    for largest in (0, 1, size // 2, size - 1):
+    for largest in (0, 1, size // 2, size - 100):  # its size varies with the digits of the seconds in its header
         code = nursery.run(child_save_once, run_dir=str(tmp_path), largest=largest, names=("last",))
         assert code == -signal.SIGXFSZ
         assert (tmp_path / "checkpoints" / "last.tmp").stat().st_size == largest

@@ -10,7 +10,8 @@ import pytest
 from conftest import make_config, small_config
 
 from chargpt.config import AttentionType, Config
-from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token, measure_peak_flops
+from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from chargpt.machine import measure_peak_flops
 from chargpt.model import GPT
 
 VOCAB, SEQ_LEN, LAYERS = 11, 16, 2
@@ -136,5 +137,5 @@ def test_learned_positions_are_looked_up_and_cost_no_operations():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_measured_peak_is_that_of_the_fastest_of_a_few_products(dtype, monkeypatch):
     seconds = iter(np.cumsum([0, 5, 0, 4, 0, 2, 0, 3, 0, 6]).tolist())  # begin and end of five products: the best takes 2 s
-    monkeypatch.setattr("chargpt.flops.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("chargpt.machine.time.perf_counter", lambda: next(seconds))
     assert math.isclose(measure_peak_flops(dtype), 2 * 1024**3 / 2)

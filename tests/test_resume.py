@@ -21,24 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 from test_checkpoint import VOCABULARY, at_step, make_header, make_run, random_state, tiny_config
 
 from chargpt import checkpoint, cli
+from chargpt.checkpoint import keep_as
 from chargpt.config import AttentionType, Config, ConfigError, Mode, flatten, to_plain
-from chargpt.console import RunConsole
 from chargpt.corpus import load_corpus
-from chargpt.resume import check_corpus, cut_records, load_newest, read_config, record_sizes, with_overrides
-from chargpt.run import StopSignal, keep_as, lock, package_versions, restore, resume, train
+from chargpt.machine import package_versions
+from chargpt.process import StopSignal, lock
+from chargpt.resume import check_corpus, cut_records, load_newest, read_config, record_sizes, restore, with_overrides
+from chargpt.run import resume, train
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
-
-
-class Said(RunConsole):
-    """A console whose messages are kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 @pytest.fixture
@@ -143,7 +134,7 @@ def test_a_damaged_last_never_takes_the_place_of_the_whole_one_before_it(run_dir
     """Killed in its next save, a run that fell back must find again what it fell back to."""
     cut_in_half(file_of(run_dir, "last"))
     file_of(run_dir, "best").unlink()
-    assert restore(run_dir, [], Said())[1][1].step == 20
+    assert restore(run_dir, [], print)[1][1].step == 20
     run = make_run(run_dir, [])
 
     def killed(*_: object) -> None:
@@ -264,7 +255,7 @@ def test_a_change_that_makes_it_another_run_is_refused_naming_field_old_and_new(
 
 @pytest.mark.parametrize(
     "override",
-    ["experiment=debug", "+experiment=debug", "experiment=null", "+seed=1", "++seed=1", "~seed", "~model.dropout", "+new=1"],
+    ["experiment=debug", "+experiment=debug", "experiment=null", "+seed=1", "~seed", "~model.dropout", "+new=1"],
 )
 def test_what_is_no_single_option_is_refused_beside_resume(override: str):
     with pytest.raises(ConfigError, match="cannot be combined with resume=") as caught:
@@ -415,11 +406,11 @@ def test_a_folder_without_a_configuration_is_named(tmp_path: Path):
 
 
 def test_restore_says_where_it_goes_on_what_changed_and_what_is_not_bit_exact(run_dir: Path):
-    console, versions = Said(), package_versions()
+    said, versions = [], package_versions()
     write_checkpoint(run_dir, "last", tiny_config(), 30, versions=versions | {"jaxlib": "0.0.1", "left-pad": "1"})
-    config, restored = restore(run_dir, ["trainer.num_steps=200"], console)
+    config, restored = restore(run_dir, ["trainer.num_steps=200"], said.append)
     assert config.trainer.num_steps == 200 and restored[1].step == 30
-    assert console.lines == [
+    assert said == [
         f"resuming {run_dir} at step 30",
         "  trainer.num_steps: 100 -> 200",
         "  the learning-rate schedule is the one of the new length from here on",
@@ -432,25 +423,25 @@ def test_restore_takes_the_configuration_of_the_checkpoint_it_loads(run_dir: Pat
     """Where a last checkpoint is damaged, the one before it may be of another configuration: shapes follow the file."""
     write_checkpoint(run_dir, "previous", tiny_config("optimizer.learning_rate=0.25"), 20, versions={})
     cut_in_half(file_of(run_dir, "last"))
-    console = Said()
-    config, restored = restore(run_dir, [], console)
+    said: list[str] = []
+    config, restored = restore(run_dir, [], said.append)
     assert config.optimizer.learning_rate == 0.25 and restored[1].step == 20
-    assert len(console.lines) == 2 and "is damaged" in console.lines[0] and console.lines[1].endswith("at step 20")
+    assert len(said) == 2 and "is damaged" in said[0] and said[1].endswith("at step 20")
 
 
 def test_restore_of_a_run_without_a_checkpoint_begins_at_its_configuration(tmp_path: Path):
-    config, console = tiny_config("optimizer.learning_rate=0.25"), Said()
+    config, said = tiny_config("optimizer.learning_rate=0.25"), []
     write_config(tmp_path, config)
-    found, restored = restore(tmp_path, ["trainer.num_steps=50"], console)
+    found, restored = restore(tmp_path, ["trainer.num_steps=50"], said.append)
     assert restored is None
     assert found == dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_steps=50))
-    assert console.lines[0] == f"resuming {tmp_path} at step 0 (it had no checkpoint yet)"
+    assert said[0] == f"resuming {tmp_path} at step 0 (it had no checkpoint yet)"
 
 
 def test_restore_refuses_another_shape_before_anything_is_written(run_dir: Path):
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"model\.d_model: is 4 in that run and cannot become 8"):
-        restore(run_dir, ["model.d_model=8"], Said())
+        restore(run_dir, ["model.d_model=8"], print)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
@@ -613,7 +604,7 @@ def test_metrics_that_lost_their_end_with_the_power_are_left_with_whole_lines(tm
 def hold_lock(run_dir: Path) -> "subprocess.Popen[str]":
     """Another process that holds the lock until it is killed."""
     body = f"with lock(Path({str(run_dir)!r})): print('held', flush=True); input()"
-    code = f"from pathlib import Path\nfrom chargpt.run import lock\n{body}"
+    code = f"from pathlib import Path\nfrom chargpt.process import lock\n{body}"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process

@@ -72,6 +72,14 @@ def save(path: Path, state: TrainState, header: Header) -> None:
     write_durably(path, data, hashlib.sha256(data).digest())
 
 
+def keep_as(path: Path, other: Path) -> None:
+    """Let `other` name the file at `path` too, which the next save will replace: there is a whole checkpoint throughout."""
+    link = other.with_suffix(".tmp")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, other)
+
+
 def write_durably(path: Path, *contents: bytes | memoryview) -> None:
     """Replace the file at `path` whole or not at all, even if the machine stops: write aside, fsync, rename, fsync."""
     temporary = path.with_suffix(".tmp")

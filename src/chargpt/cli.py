@@ -63,6 +63,8 @@ def report_errors(main: Callable[[], Any]) -> int:
         main()
     except (ConfigError, RunFailed, HydraException, OmegaConfBaseException) as error:
         return fail(error)
+    except KeyboardInterrupt:  # a second Ctrl-C
+        return 128 + signal.SIGINT
     except OSError as error:
         if error.filename is None:
             raise
@@ -93,11 +95,13 @@ def explain(error: Exception) -> str:
 
 def run_tool(arguments: list[str]) -> int:
     """Run `chargpt TOOL key=value …`; the exit code."""
-    from chargpt import tools
+    from chargpt import tools, weights
 
     known = {
         "sample": (tools.SampleOptions, tools.sample),
         "evaluate": (tools.EvaluateOptions, tools.evaluate_run),
+        "export": (weights.ExportOptions, weights.export_weights),
+        "import": (weights.ImportOptions, weights.import_weights),
     }
     if not arguments or arguments[0] in ("help", "-h", "--help"):
         print("chargpt TOOL key=value …\n")

@@ -1,11 +1,9 @@
-"""What a training step costs, and what the machine could do: the two halves of model FLOP utilisation."""
+"""What a model costs: parameters, cache bytes, floating-point operations per token."""
 
-import time
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from chargpt.config import AttentionType, ModelConfig
 from chargpt.model import GPT
@@ -46,17 +44,3 @@ def flops_per_token(model: GPT, config: ModelConfig, seq_len: int) -> float:
     if config.mha_type is AttentionType.mla:
         width = config.num_heads * (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim)
     return 6.0 * parameters + 12.0 * config.num_layers * width * seq_len
-
-
-def measure_peak_flops(dtype: Any) -> float:
-    """Floating-point operations per second of a large matrix product, the best of a few: this machine's practical peak."""
-    side = 8192 if jax.default_backend() == "gpu" else 1024
-    matrix = jnp.ones((side, side), dtype)
-    product = jax.jit(jnp.matmul)
-    product(matrix, matrix).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        product(matrix, matrix).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * side**3 / best

@@ -10,8 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from chargpt import checkpoint
-from chargpt.config import Config, ConfigError, flatten, from_plain, parse, to_plain
+from chargpt.config import Config, ConfigError, Schedule, flatten, from_plain, parse, to_plain
 from chargpt.corpus import Corpus
+from chargpt.machine import package_versions
 from chargpt.train import TrainState
 
 RECORDS = ("metrics.jsonl", "samples.txt")
@@ -19,6 +20,27 @@ CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole on
 MAX_CONFIG_BYTES = 1 << 20
 # What would make it another run: the model, the text, the randomness, the state of the optimizer.
 FIXED = ("model.", "dataset.seq_len", "dataset.val_fraction", "optimizer.name", "seed")
+
+
+def restore(
+    run_dir: Path, overrides: Sequence[str], say: Callable[[str], None]
+) -> tuple[Config, tuple[TrainState, checkpoint.Header] | None]:
+    """The configuration and the newest whole checkpoint (None: not one yet) of the run in `run_dir`."""
+    restored = load_newest(run_dir, say)
+    old = read_config(run_dir / "config.yaml") if restored is None else restored[1].config
+    config, changed = with_overrides(old, overrides)
+    step = 0 if restored is None else restored[1].step
+    say(f"resuming {run_dir} at step {step}" + ("" if restored else " (it had no checkpoint yet)"))
+    for name, (was, now) in changed.items():
+        say(f"  {name}: {was} -> {now}")
+    if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
+        say("  the learning-rate schedule is the one of the new length from here on")
+    if restored is not None:
+        versions = package_versions()
+        for name, was in restored[1].versions.items():
+            if versions.get(name) != was:
+                say(f"  not bit-exact: {name} {was} -> {versions.get(name)}")
+    return config, restored
 
 
 def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, checkpoint.Header] | None:

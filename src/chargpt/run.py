@@ -1,16 +1,12 @@
 """A training run: its directory, the loop over compiled chunks of steps, what is logged, saved and shown on the way."""
 
-import contextlib
 import dataclasses
-import fcntl
-import importlib.metadata
 import json
-import os
+import math
 import platform
 import shlex
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,15 @@ from omegaconf import OmegaConf
 
 from chargpt import checkpoint
 from chargpt.cli import RunFailed
-from chargpt.config import AttentionType, Config, ConfigError, Schedule, differences, to_plain
+from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
-from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token, measure_peak_flops
+from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from chargpt.generate import generate
+from chargpt.machine import device_name, measure_peak_flops, package_versions
+from chargpt.process import StopSignal, lock
 from chargpt.report import draw_curves
-from chargpt.resume import check_corpus, cut_records, load_newest, read_config, record_sizes, with_overrides
+from chargpt.resume import check_corpus, cut_records, record_sizes, restore
 from chargpt.tracking import MetricsFile, WandbRun, read_metrics
 from chargpt.train import (
     EVAL_TOKENS_PER_BATCH,
@@ -44,7 +42,6 @@ from chargpt.train import (
 )
 
 SAMPLE_TEMPERATURE = 0.8
-PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
 
 
 def train(config: Config, run_dir: Path) -> float:
@@ -63,7 +60,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> float:
     """Go on with the run in `run_dir`, its configuration changed by `overrides` alone; otherwise as `train`."""
     console = RunConsole()
     with lock(run_dir), StopSignal() as stop:
-        config, restored = restore(run_dir, overrides, console)
+        config, restored = restore(run_dir, overrides, console.say)
         corpus = load_corpus(config.dataset)
         if restored is not None:
             header = restored[1]
@@ -73,63 +70,6 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> float:
                 return header.best_val_loss
         cut_records(run_dir, {} if restored is None else restored[1].record_sizes)
         return Run(config, run_dir, corpus, console, restored).train(stop)
-
-
-def restore(
-    run_dir: Path, overrides: Sequence[str], console: RunConsole
-) -> tuple[Config, tuple[TrainState, checkpoint.Header] | None]:
-    """The configuration and the newest whole checkpoint (None: not one yet) of the run in `run_dir`."""
-    restored = load_newest(run_dir, console.say)
-    old = read_config(run_dir / "config.yaml") if restored is None else restored[1].config
-    config, changed = with_overrides(old, overrides)
-    step = 0 if restored is None else restored[1].step
-    console.say(f"resuming {run_dir} at step {step}" + ("" if restored else " (it had no checkpoint yet)"))
-    for name, (was, now) in changed.items():
-        console.say(f"  {name}: {was} -> {now}")
-    if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
-        console.say("  the learning-rate schedule is the one of the new length from here on")
-    if restored is not None:
-        versions = package_versions()
-        for name, was in restored[1].versions.items():
-            if versions.get(name) != was:
-                console.say(f"  not bit-exact: {name} {was} -> {versions.get(name)}")
-    return config, restored
-
-
-@contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir` for this process. The kernel lets go of the lock however the process ends."""
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR") from error
-        yield
-
-
-class StopSignal:
-    """Asks for a stop at the next boundary on SIGINT, SIGTERM or SIGUSR1; a second SIGINT stops at once.
-
-    `number` is the signal that came, or None.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 @dataclasses.dataclass
@@ -168,6 +108,7 @@ class Run:
             self.step, self.seconds_before = header.step, header.seconds
             self.best_val_loss, self.best_step = header.best_val_loss, header.best_step
         self.final_val_loss: float | None = None
+        self.unsaved: str | None = None  # why the newest checkpoint is not on disk
         self.sample = ""
         self.trained_tokens, self.trained_seconds = 0, 0.0
         self.last_fetch = 0.0
@@ -191,13 +132,20 @@ class Run:
 
     def train(self, stop: StopSignal) -> float:
         """Run to the end, or to the signal; the best validation loss."""
-        with self.console.progress(self.config.trainer.num_steps, self.step):
-            self.loop(stop)
-        exit_code = 0 if stop.number is None else 128 + stop.number
-        self.finish(exit_code)
+        try:
+            with self.console.progress(self.config.trainer.num_steps, self.step):
+                self.loop(stop)
+            exit_code = 0 if stop.number is None else 128 + stop.number
+            self.finish(exit_code)
+        except BaseException:
+            self.wandb.finish(self._summary(), exit_code=1)
+            raise
+        if self.unsaved is not None:
+            raise RunFailed(f"the last checkpoint could not be written ({self.unsaved}); free the disk and resume")
         if exit_code:
             raise SystemExit(exit_code)
-        assert self.best_val_loss is not None
+        if self.best_val_loss is None:
+            raise RunFailed("the validation loss was never a finite number; try a smaller optimizer.learning_rate")
         return self.best_val_loss
 
     def loop(self, stop: StopSignal) -> None:
@@ -286,7 +234,7 @@ class Run:
         rows = min(rows, len(self.val_windows.inputs))
         line |= evaluate(self.state.model, self.val_windows, rows, self.config.trainer.precision)
         self.final_val_loss = line["val/loss"]
-        is_best = self.best_val_loss is None or line["val/loss"] < self.best_val_loss
+        is_best = line["val/loss"] < (math.inf if self.best_val_loss is None else self.best_val_loss)  # NaN never is
         if is_best:
             self.best_val_loss, self.best_step = line["val/loss"], self.step
         if self.config.trainer.sample_chars:
@@ -315,16 +263,17 @@ class Run:
         path = self._checkpoint(name)
         try:
             if name == "last" and path.exists():
-                keep_as(path, self._checkpoint("previous"))
+                checkpoint.keep_as(path, self._checkpoint("previous"))
             checkpoint.save(path, self.state, self._header())
+            self.unsaved = None
         except OSError as error:
+            self.unsaved = error.strerror
             self.console.say(f"checkpoint not written ({error.strerror}); training goes on, the last good one stays")
 
     def _stop_not_finite(self, step: int) -> None:
         last = self._checkpoint("last")
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written before"
         self._write_summary()
-        self.wandb.finish(self._summary(), exit_code=1)
         raise RunFailed(
             f"stopped at step {step}: loss or gradient was not finite in {self.config.trainer.max_skipped_steps} steps "
             f"in a row; {kept}; try a smaller optimizer.learning_rate"
@@ -420,7 +369,8 @@ class Run:
         if summary["tokens_per_second"]:
             rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
         rows["figure"] = str(self.run_dir / "curves.png")
-        where = shlex.quote(os.path.relpath(self.run_dir))
+        here = Path.cwd()
+        where = shlex.quote(str(self.run_dir.relative_to(here) if self.run_dir.is_relative_to(here) else self.run_dir))
         commands = {
             "write more text": f'chargpt sample run={where} prompt="HAMLET:"',
             "score another text": f"chargpt evaluate run={where} dataset.name=file dataset.filepath=TEXT",
@@ -432,20 +382,3 @@ class Run:
         if self.wandb.sync_command:
             commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
         self.console.show_end(rows, self.sample, commands)
-
-
-def keep_as(path: Path, other: Path) -> None:
-    """Let `other` name the file at `path` too, which the next save will replace: there is a whole checkpoint throughout."""
-    link = other.with_suffix(".tmp")
-    link.unlink(missing_ok=True)
-    os.link(path, link)
-    os.replace(link, other)
-
-
-def package_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def device_name() -> str:
-    device = jax.devices()[0]
-    return f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind

@@ -36,7 +36,6 @@ from chargpt.config import (
     parse,
     register,
     require,
-    require_at_least,
     to_plain,
 )
 from chargpt.corpus import CharTokenizer, load_corpus
@@ -88,14 +87,13 @@ class ImportOptions:
     file: str = ""  # the file to read
     run: str = ""  # the directory to make
     config: str | None = None  # Hugging Face's configuration; config.json beside the file when left out
-    dataset_name: DatasetName | None = None  # of a foreign file: the text whose characters are its vocabulary
+    dataset_name: DatasetName | None = None  # of a foreign file: the text whose characters, sorted, are its vocabulary
     dataset_filepath: str | None = None  # with dataset.name=file
     dataset_seq_len: int | None = None  # of a foreign file: a context shorter than its max_position_embeddings
 
     def __post_init__(self) -> None:
         require(self.file != "", "file: is missing; write file=MODEL.safetensors")
         require(self.run != "", "run: is missing; write run=NEWDIR")
-        require_at_least("dataset.", self, 1, ["seq_len"] if hasattr(self, "seq_len") else [])
 
 
 # ---- out
@@ -167,9 +165,7 @@ def import_weights(options: ImportOptions) -> None:
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"file={options.file}: cannot be read as safetensors ({one_line(error)})") from None
 
-    # Jitted, what is not used of the fresh state is never computed: its random weights
-    fresh = eqx.filter_jit(lambda: eqx.tree_at(lambda state: state.model, init_state(header.config, len(header.vocabulary)), None))
-    state: TrainState = eqx.tree_at(lambda state: state.model, fresh(), model, is_leaf=lambda node: node is None)
+    state = fresh_state(header.config, len(header.vocabulary), model)
     try:
         (run_dir / "checkpoints").mkdir(parents=True)
         for which in Which:
@@ -180,6 +176,12 @@ def import_weights(options: ImportOptions) -> None:
     kind = header.config.model.mha_type.name
     numbers = sum(leaf.size for leaf in array_leaves(model).values())
     note(f"{run_dir}: {numbers:,} parameters, {kind} attention, {len(header.vocabulary)} characters")
+
+
+def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
+    """The state before the first step with `model` in it; compiled, so that the random weights in its place are never made."""
+    put = lambda model: eqx.tree_at(lambda state: state.model, init_state(config, vocab_size), model)  # noqa: E731
+    return eqx.filter_jit(put)(model)
 
 
 def own_header(options: ImportOptions, metadata: dict[str, str]) -> checkpoint.Header:
@@ -302,9 +304,7 @@ def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
         qk_norm=False,
         tie_embeddings=llama.flag("tie_word_embeddings"),
     )
-    config = dataclasses.replace(
-        base, model=model, dataset=dataset, wandb=dataclasses.replace(base.wandb, name=kind.name)
-    )
+    config = dataclasses.replace(base, model=model, dataset=dataset, wandb=dataclasses.replace(base.wandb, name=kind.name))
     return fresh_header(config, corpus.tokenizer.vocabulary, corpus.sha256)
 
 
@@ -325,11 +325,12 @@ class LlamaConfig:
 
     def __init__(self, path: Path):
         self.name = f"config={path}"
+        require(path.is_file(), f"{self.name}: there is no such file; write config=PATH of Hugging Face's config.json")
         try:
             require(path.stat().st_size <= MAX_CONFIG_BYTES, f"{self.name}: is too large for a configuration")
             self.fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"{self.name}: cannot be read ({error.strerror}); write config=PATH") from None
+            raise ConfigError(f"{self.name}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -338,6 +339,7 @@ class LlamaConfig:
         self._refuse("model_type", self.get("model_type") == "llama", "llama alone can be imported")
         names = self.get("architectures", ["LlamaForCausalLM"])
         self._refuse("architectures", names == ["LlamaForCausalLM"], "LlamaForCausalLM alone can be imported")
+        self._refuse("partial_rotary_factor", self.get("partial_rotary_factor", 1) == 1, "our RoPE turns all of a head")
         for name in ("attention_bias", "mlp_bias"):
             self._refuse(name, not self.flag(name), "our projections have no biases")
         self._refuse("hidden_act", self.get("hidden_act", "silu") == "silu", "our gated activation is silu")
@@ -385,4 +387,5 @@ class LlamaConfig:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The text of an error on one line, without characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))

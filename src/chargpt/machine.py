@@ -1,0 +1,34 @@
+"""The machine under a run: its name, its packages, and the speed that it can reach."""
+
+import importlib.metadata
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
+
+
+def device_name() -> str:
+    device = jax.devices()[0]
+    return f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+
+
+def package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def measure_peak_flops(dtype: Any) -> float:
+    """Floating-point operations per second of a large matrix product, the best of a few: this machine's practical peak."""
+    side = 8192 if jax.default_backend() == "gpu" else 1024
+    matrix = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best

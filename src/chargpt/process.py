@@ -1,0 +1,45 @@
+"""A run and its process: one process a directory, and how a process is asked to stop."""
+
+import contextlib
+import fcntl
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from chargpt.config import ConfigError
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir` for this process. The kernel lets go of the lock however the process ends."""
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR") from error
+        yield
+
+
+class StopSignal:
+    """Asks for a stop at the next boundary on SIGINT, SIGTERM or SIGUSR1; a second SIGINT stops at once.
+
+    `number` is the signal that came, or None.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
