@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -122,13 +121,18 @@ def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
     return run
 
 
-def main(arguments: list[str]) -> None:
-    sizes: dict[str, Any] = dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5)
+def read_sizes(arguments: list[str], sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes` with name=number arguments put in; the program ends with one line where an argument is none."""
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in sizes or not value.isdigit() or int(value) < 1:
-            sys.exit(f"{argument}: write {' or '.join(sizes)} = a positive number")
+            sys.exit(f"error: {argument}: write {' or '.join(sizes)} = a positive number")
         sizes[name] = int(value)
+    return sizes
+
+
+def main(arguments: list[str]) -> None:
+    sizes = read_sizes(arguments, dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5))
     rounds = sizes.pop("rounds")
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, 200_000), jnp.int32)
     configs = {kind.name: make_config(sizes, kind) for kind in AttentionType}

@@ -301,14 +301,12 @@ def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path: Path) -> None:
     for count, line in enumerate(LINES, 1):
         metrics_file.log(line)
         assert read_metrics(path) == LINES[:count]
-    metrics_file.close()
 
 
 def test_metrics_file_is_added_to(tmp_path: Path) -> None:
     for line in LINES:
         metrics_file = MetricsFile(tmp_path / "metrics.jsonl")
         metrics_file.log(line)
-        metrics_file.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == LINES
 
 
@@ -316,7 +314,6 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics_file = MetricsFile(path)
     metrics_file.log({"trainer/step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e300})
-    metrics_file.close()
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

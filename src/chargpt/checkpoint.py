@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,16 @@ from chargpt.train import TrainState, init_state
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20
+MAX_REASON = 500  # characters
 DIGEST_BYTES = 32
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used. Its text is one line: which file, what is wrong."""
+
+    def __init__(self, text: str):
+        line = " ".join(text.split())  # a stranger's names may stand in it: one short line, nothing that moves a cursor
+        super().__init__("".join(c if c.isprintable() else "?" for c in line[:MAX_REASON]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,7 @@ def keep_as(path: Path, other: Path) -> None:
     link.unlink(missing_ok=True)
     os.link(path, link)
     os.replace(link, other)
+    link.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
 
 def write_durably(path: Path, *contents: bytes | memoryview) -> None:
@@ -122,6 +129,10 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
         raise CheckpointError(f"{path}: is of another format than {FORMAT}, the one this version of chargpt reads")
     try:
         leaves = fields.pop("leaves")
+        if not isinstance(leaves, list) or not all(isinstance(leaf, list) for leaf in leaves):
+            raise ValueError("leaves: is no table")
+        if min(fields["record_sizes"].values(), default=0) < 0:
+            raise ValueError("record_sizes: holds a negative size")
         header = Header(**fields | {"config": from_plain(fields["config"])})
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -143,13 +154,23 @@ def load(path: Path) -> tuple[TrainState, Header]:
             (leaf for leaf in found if leaf not in wanted), ("order of leaves",)
         )
         raise CheckpointError(f"{path}: its leaves are not those of its configuration: {' '.join(odd)}")
-    size = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for _, dtype, shape in expected)
+    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in expected)
     if size > len(body):
         raise CheckpointError(f"{path}: its header promises {size:,} bytes of leaves, the file has {len(body):,}")
-    try:
-        state = eqx.tree_deserialise_leaves(io.BytesIO(body), skeleton, filter_spec=_read_leaf)
-    except (ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    file = io.BytesIO(body)
+    paths, structure = jax.tree_util.tree_flatten_with_path(skeleton)
+    read = []
+    for leaf_path, leaf in paths:
+        try:
+            read.append(_read_leaf(file, leaf))
+        except Exception as error:  # numpy parses a leaf's header as Python literals: whatever that raises
+            name = jax.tree_util.keystr(leaf_path).lstrip(".")
+            raise CheckpointError(f"{path}: its leaf {name} cannot be read ({error})") from error
+    if extra := len(file.read()):
+        raise CheckpointError(f"{path}: holds {extra:,} bytes behind its last leaf")
+    state = jax.tree.unflatten(structure, read)
+    if int(state.step) != header.step:
+        raise CheckpointError(f"{path}: its header says step {header.step}, its leaves step {int(state.step)}")
     return state, header
 
 
@@ -162,5 +183,5 @@ def _read_leaf(file: io.BytesIO, leaf: Any) -> Array | Any:
     shape, fortran_order, dtype = read(file)
     if (shape, dtype, fortran_order) != (leaf.shape, np.dtype(leaf.dtype), False):
         raise ValueError(f"holds a leaf {dtype} {shape} where {leaf.dtype} {leaf.shape} belongs")
-    data = file.read(dtype.itemsize * int(np.prod(shape)))
+    data = file.read(dtype.itemsize * math.prod(shape))
     return jnp.array(np.frombuffer(data, dtype).reshape(shape))

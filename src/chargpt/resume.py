@@ -17,7 +17,8 @@ from chargpt.train import TrainState
 
 RECORDS = ("metrics.jsonl", "samples.txt")
 CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole one is taken
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 15
+MAX_CONFIG_DEPTH = 8
 # What would make it another run: the model, the text, the randomness, the state of the optimizer.
 FIXED = ("model.", "dataset.seq_len", "dataset.val_fraction", "optimizer.name", "seed")
 
@@ -46,11 +47,15 @@ def restore(
 def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, checkpoint.Header] | None:
     """The newest whole checkpoint of a run, None where none was ever written; ConfigError where all are damaged."""
     paths = [path for name in CHECKPOINTS if (path := run_dir / "checkpoints" / f"{name}.eqx").exists()]
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
-            return checkpoint.load(path)
+            newest = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
             say(f"{error}; trying the one before it")
+            continue
+        for damaged in paths[:number]:  # out of the way: the next save must not keep it as the previous one
+            damaged.replace(damaged.with_suffix(".damaged"))
+        return newest
     if paths:
         raise ConfigError(f"resume={run_dir}: no checkpoint there is whole; train anew with another hydra.run.dir=DIR")
     return None
@@ -62,17 +67,22 @@ def read_config(path: Path) -> Config:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: is too large for a configuration")
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{path}: holds YAML aliases, which a saved configuration has none of")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{path}: holds YAML aliases, which a saved configuration has none of")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CONFIG_DEPTH:
+                raise ConfigError(f"{path}: is nested deeper than a saved configuration")
         plain = yaml.safe_load(text)
         if not isinstance(plain, dict):
             raise ConfigError(f"{path}: is no saved configuration")
         return from_plain(plain)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent}: is no run directory (it has no config.yaml)") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # YAML's constructors and OmegaConf raise what they please
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
@@ -114,7 +124,10 @@ def cut_records(run_dir: Path, sizes: dict[str, int]) -> None:
     for name in RECORDS:
         path = run_dir / name
         if path.exists():
-            os.truncate(path, min(path.stat().st_size, sizes.get(name, 0)))
+            size = sizes.get(name, 0)
+            if path.stat().st_size < size:  # its end went with the power: no half line for the next one to join
+                size = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, size)
 
 
 def record_sizes(run_dir: Path) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """A training run: its directory, the loop over compiled chunks of steps, what is logged, saved and shown on the way."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,8 @@ class Run:
         }
 
     def _log(self, line: dict[str, int | float]) -> None:
-        self.metrics_file.log(line)
+        with self._disk_may_be_full():
+            self.metrics_file.log(line)
         self.wandb.log(line)
         self.console.show_step(line, self.config.trainer.num_steps, self.best_val_loss)
 
@@ -239,7 +241,7 @@ class Run:
             self.best_val_loss, self.best_step = line["val/loss"], self.step
         if self.config.trainer.sample_chars:
             self.sample = self._sample()
-            with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+            with self._disk_may_be_full(), open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"=== step {self.step}\n{self.sample}\n\n")
             self.wandb.log_sample(self.step, self.sample)
         return is_best
@@ -257,6 +259,14 @@ class Run:
             tokens_per_piece=self.config.dataset.seq_len,
         )
         return "".join(tokenizer.decode(piece[0]) for piece in pieces)
+
+    @contextlib.contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        """A record that cannot be written is said, and does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            self.console.say(f"step {self.step}: not recorded ({error.strerror}); training goes on")
 
     def _save(self, name: str) -> None:
         """Write checkpoints/NAME.eqx; where the disk refuses, say so and keep the one that is there."""
@@ -286,7 +296,6 @@ class Run:
         self._write_summary()
         title = f"{self.config.wandb.name}: {sum(self.parameters.values()):,} parameters, {self.config.dataset.name.name}"
         draw_curves(read_metrics(self.run_dir / "metrics.jsonl"), self.corpus.baselines, title, self.run_dir / "curves.png")
-        self.metrics_file.close()
         self.wandb.finish(self._summary(), exit_code)
         self._show_end(exit_code)
 

@@ -28,15 +28,12 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, on disk as soon as it is logged."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._path = path
 
     def log(self, metrics: dict[str, int | float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float | None]]:

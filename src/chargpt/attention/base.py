@@ -111,9 +111,24 @@ def dot_product_attention(
             out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
             return out[..., :width]
         mask = jnp.arange(keys.shape[0])[None, :] <= jnp.arange(queries.shape[0])[:, None]
-    num_queries, num_heads, width = queries.shape
-    num_kv_heads = keys.shape[1]
-    grouped = queries.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, width) * scale
-    scores = jnp.einsum("tkgd,skd->kgts", grouped, keys).astype(jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(values.dtype)
-    return jnp.einsum("kgts,skv->tkgv", weights, values).reshape(num_queries, num_heads, values.shape[-1])
+        # Here scores outweigh keys: a copy of the few keys for every query head beats an axis of groups in the many scores.
+        keys, values = (jnp.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))
+    queries = queries * scale
+    attend = _attend_heads if keys.shape[1] == queries.shape[1] else _attend_groups
+    return attend(queries, keys, values, mask)
+
+
+def _softmax(scores: Float[Array, "*heads t s"], mask: Bool[Array, "t s"], dtype: Any) -> Float[Array, "*heads t s"]:
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(dtype)
+
+
+def _attend_heads(queries, keys, values, mask) -> Float[Array, "t n v"]:
+    weights = _softmax(jnp.einsum("tnd,snd->nts", queries, keys), mask, values.dtype)
+    return jnp.einsum("nts,snv->tnv", weights, values)
+
+
+def _attend_groups(queries, keys, values, mask) -> Float[Array, "t n v"]:
+    """Keys and values stay as few as they are: what a decoded token reads of the cache is read once."""
+    grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
+    weights = _softmax(jnp.einsum("tkgd,skd->kgts", grouped, keys), mask, values.dtype)
+    return jnp.einsum("kgts,skv->tkgv", weights, values).reshape(*queries.shape[:2], values.shape[-1])

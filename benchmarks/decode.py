@@ -1,0 +1,144 @@
+"""Tokens per second when text is generated, for every attention type, against cacheless sampling, PyTorch and the floor.
+
+    python benchmarks/decode.py                                     # 4 layers, 128 wide, context 64
+    python benchmarks/decode.py num_layers=6 num_heads=6 d_model=384 seq_len=256 batches=1
+
+cacheless: nanoGPT's way, the whole context read again for every token, compiled. Hugging Face GPT-2 and Llama of the same
+sizes, with their own caches, run where torch and transformers are installed (pip install torch transformers). The floor at
+batch 1 is memory: every weight and the mean cache are read once per token, at the bandwidth that a large sum reaches in the
+same process.
+Arms are interleaved; each figure is the best round.
+"""
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from train import VOCABULARY, make_config, read_sizes
+
+from chargpt.config import AttentionType
+from chargpt.flops import count_parameters, kv_cache_bytes_per_token
+from chargpt.generate import generate
+from chargpt.model import GPT
+from chargpt.train import init_state
+
+
+def chargpt_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
+    keys = jax.random.split(jax.random.key(0), batch)
+
+    def run() -> int:
+        pieces = generate(model, np.zeros(1, np.int32), seq_len - 1, max_seq_len=seq_len, keys=keys, tokens_per_piece=seq_len)
+        return batch * sum(piece.shape[1] for piece in pieces)
+
+    return run
+
+
+def cacheless_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
+    """Full context throughout: what nanoGPT does for every token of a text longer than the context."""
+
+    @eqx.filter_jit
+    def next_tokens(model, tokens, key):
+        logits = jax.vmap(model)(tokens)[:, -1]
+        new = jax.random.categorical(key, logits, axis=-1)
+        return jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
+
+    def run() -> int:
+        tokens = jnp.zeros((batch, seq_len), jnp.int32)
+        for step in range(24):
+            tokens = next_tokens(model, tokens, jax.random.key(step))
+        tokens.block_until_ready()
+        return batch * 24
+
+    return run
+
+
+def torch_arms(sizes: dict[str, int], batch: int) -> dict[str, Callable[[], int]]:
+    """Hugging Face models of the same sizes, greedy, with their dynamic caches; empty where they are not installed."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        print("torch and transformers are not installed: no PyTorch arms", file=sys.stderr)
+        return {}
+    torch.set_grad_enabled(False)
+    layers, heads, width, context = (sizes[name] for name in ("num_layers", "num_heads", "d_model", "seq_len"))
+    gpt2 = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    llama = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=context, bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    models = {"HF GPT-2": transformers.GPT2LMHeadModel(gpt2), "HF Llama": transformers.LlamaForCausalLM(llama)}
+
+    def arm(model) -> Callable[[], int]:
+        def run() -> int:
+            token, cache = torch.zeros((batch, 1), dtype=torch.long), None
+            for _ in range(context - 1):
+                out = model(token, past_key_values=cache, use_cache=True)
+                token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            return batch * (context - 1)
+
+        return run
+
+    return {name: arm(model.eval()) for name, model in models.items()}
+
+
+def measure_bandwidth() -> float:
+    """Bytes per second of reading a large array, the best of a few."""
+    data = jnp.ones(1 << 26, jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(data).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        total(data).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return data.nbytes / best
+
+
+def main(arguments: list[str]) -> None:
+    batches = [1, 64]
+    if arguments and arguments[-1].startswith("batches="):
+        batches = [int(number) for number in arguments.pop().removeprefix("batches=").split(",")]
+    sizes = read_sizes(arguments, dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1, rounds=4))
+    rounds, seq_len = sizes.pop("rounds"), sizes["seq_len"]
+    models = {kind.name: init_state(make_config(sizes, kind), VOCABULARY).model for kind in AttentionType}
+    bandwidth = measure_bandwidth()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; {sizes}")
+    print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s")
+    for batch in batches:
+        arms: dict[str, Callable[[], int]] = {"cacheless (standard)": cacheless_arm(models["standard"], batch, seq_len)}
+        arms |= {name: chargpt_arm(model, batch, seq_len) for name, model in models.items()}
+        arms |= torch_arms(sizes, batch)
+        best = dict.fromkeys(arms, 0.0)
+        for run in arms.values():
+            run()  # compiles
+        for _ in range(rounds):
+            for name, run in arms.items():
+                begin = time.perf_counter()
+                tokens = run()
+                best[name] = max(best[name], tokens / (time.perf_counter() - begin))
+        print(f"\nbatch {batch}\n| | tokens/s | of cacheless | of the memory floor |\n|---|---|---|---|")
+        for name, speed in best.items():
+            share = ""
+            if batch == 1 and name in models:
+                cache = kv_cache_bytes_per_token(models[name], jnp.float32) * seq_len / 2
+                weights = 4 * (sum(count_parameters(models[name]).values()) - models[name].embedding.size)
+                share = f"{speed * (weights + cache) / bandwidth:.0%}"
+            print(f"| {name} | {speed:,.0f} | {speed / best['cacheless (standard)']:.1f} | {share} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
