@@ -17,6 +17,9 @@ os.environ["WANDB_MODE"] = "disabled"  # no test talks to a server unless it sta
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -42,6 +45,20 @@ def make_config(*overrides: str) -> config.Config:
 def small_config(*overrides: str) -> config.Config:
     """A model that compiles and trains in moments."""
     return make_config(*SMALL, *overrides)
+
+
+def filled(shapes, scale: float):
+    """Weights for a module of which only the shapes are known: no initialiser to compile, and no gain is one."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        is_gain = any("norm" in getattr(part, "name", "") for part in path)
+        numbers = rng.uniform(0.5, 1.5, leaf.shape) if is_gain else scale * rng.normal(size=leaf.shape)
+        return jnp.asarray(numbers, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @pytest.fixture(params=list(config.AttentionType), ids=lambda kind: kind.name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import filled, small_config
 
 from chargpt.attention import (
     AbstractAttention,
@@ -39,20 +39,6 @@ project = eqx.filter_jit(lambda attention, x, positions: attention.project(x, po
 decode = eqx.filter_jit(lambda attention, x, cache, position: attention.decode(x, cache, position))
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
-
-
-def filled(shapes, scale: float):
-    """Weights for a module of which only the shapes are known: no initialiser to compile, and no gain is one."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        is_gain = any("norm" in getattr(part, "name", "") for part in path)
-        numbers = rng.uniform(0.5, 1.5, leaf.shape) if is_gain else scale * rng.normal(size=leaf.shape)
-        return jnp.asarray(numbers, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def build(cls, *args):

@@ -533,7 +533,7 @@ def test_differences_are_what_was_overridden_spelled_as_on_the_command_line():
     overrides = ("model.activation=swiglu", "optimizer.learning_rate=1e-2", "model.mla.q_lora_rank=8", "wandb.tags=[a]")
     changes = {"model.activation": "swiglu", "optimizer.learning_rate": 0.01, "model.mla.q_lora_rank": 8, "wandb.tags": ["a"]}
     assert differences(make_config(*overrides)) == changes
-    assert differences(make_config("seed=0", "model.d_model=128", "optimizer.learning_rate=0.002")) == {}
+    assert differences(make_config("seed=0", "model.d_model=128", "optimizer.learning_rate=0.003")) == {}
 
 
 def test_differences_of_an_experiment_are_its_file_less_what_repeats_the_defaults():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import filled, small_config
 
 from chargpt.config import AttentionType
 from chargpt.generate import generate, sample_token
@@ -16,20 +16,6 @@ from chargpt.model import GPT
 VOCAB, CONTEXT = 29, 8
 PROBABILITIES = np.array([0.05, 0.3, 0.5, 0.15])  # not in order, so that ranks and indices differ
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)) + 3.0
-
-
-def filled(shapes, scale: float):
-    """Weights for a module of which only the shapes are known: no initialiser to compile, and no gain is one."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        is_gain = any("norm" in getattr(part, "name", "") for part in path)
-        numbers = rng.uniform(0.5, 1.5, leaf.shape) if is_gain else scale * rng.normal(size=leaf.shape)
-        return jnp.asarray(numbers, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import filled, small_config
 
 from chargpt.config import Activation, AttentionType, ModelConfig
 from chargpt.flops import count_parameters, kv_cache_bytes_per_token
@@ -26,20 +26,6 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 @functools.cache
 def model_config(*overrides: str) -> ModelConfig:
     return small_config(*(f"model.{override}" for override in overrides)).model
-
-
-def filled(shapes, scale: float):
-    """Weights for a module of which only the shapes are known: no initialiser to compile, and no gain is one."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        is_gain = any("norm" in getattr(part, "name", "") for part in path)
-        numbers = rng.uniform(0.5, 1.5, leaf.shape) if is_gain else scale * rng.normal(size=leaf.shape)
-        return jnp.asarray(numbers, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @functools.cache

@@ -388,7 +388,7 @@ def test_config_arrives(online: tuple[FakeServer, dict[str, Any]]) -> None:
     config = fake.config(result["id"])
     assert config["num_params"] == 1234 and config["versions"] == {"python": "3.11"}
     assert config["model"]["mha_type"] == "standard" and config["model"]["mla"]["kv_lora_rank"] == 8
-    assert config["dataset"]["seq_len"] == 16 and config["optimizer"]["learning_rate"] == 2e-3
+    assert config["dataset"]["seq_len"] == 16 and config["optimizer"]["learning_rate"] == 3e-3
 
 
 def test_a_run_is_named_after_its_attention_type(online: tuple[FakeServer, dict[str, Any]]) -> None:
