@@ -1,9 +1,12 @@
 """What several test files need: the real configuration composed with overrides, and small texts."""
 
 import atexit
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do: in their own process the optimizations that tiny sizes cannot use are left out.
@@ -45,6 +48,20 @@ def make_config(*overrides: str) -> config.Config:
 def small_config(*overrides: str) -> config.Config:
     """A model that compiles and trains in moments."""
     return make_config(*SMALL, *overrides)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def filled(shapes, scale: float):

@@ -1,13 +1,10 @@
 """Every rule of the schema and the line it answers with; what composes; saved configurations; names that become folders."""
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import re
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, make_config, small_config
+from conftest import ROOT, make_config, small_config, time_limit
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,20 +59,6 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
     text = str(error.value)
     assert "\n" not in text and len(text) < 300
     return text
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 # --- rules that hold for every attention type

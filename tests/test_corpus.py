@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import math
 import os
-import signal
 import socket
 import threading
 import tracemalloc
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import time_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,20 +42,6 @@ def refusal(path: Path | str, **options: float) -> str:
         from_file(path, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 # --- the tokenizer

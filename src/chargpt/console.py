@@ -65,7 +65,7 @@ class RunConsole:
             finally:
                 self._progress = None
 
-    def show_step(self, metrics: dict[str, int | float], num_steps: int, best: float | None) -> None:
+    def show_step(self, metrics: dict[str, int | float], best: float | None) -> None:
         """The newest numbers: on the bar, or as a line."""
         step = int(metrics["trainer/step"])
         speed = f"{metrics['throughput/tokens_per_second']:,.0f} tok/s"

@@ -30,12 +30,12 @@ from chargpt.report import draw_curves
 from chargpt.resume import check_corpus, cut_records, record_sizes, restore
 from chargpt.tracking import MetricsFile, WandbRun, read_metrics
 from chargpt.train import (
-    EVAL_TOKENS_PER_BATCH,
     StepMetrics,
     Stream,
     TrainState,
     cast,
     compute_dtype,
+    eval_batch_size,
     evaluate,
     init_state,
     random_key,
@@ -228,13 +228,12 @@ class Run:
         with self._disk_may_be_full():
             self.metrics_file.log(line)
         self.wandb.log(line)
-        self.console.show_step(line, self.config.trainer.num_steps, self.best_val_loss)
+        self.console.show_step(line, self.best_val_loss)
 
     def _evaluate(self, line: dict[str, int | float]) -> bool:
         """Add validation metrics to `line`, sample a text; whether this is the best so far."""
-        rows = max(1, EVAL_TOKENS_PER_BATCH // self.config.dataset.seq_len)
-        rows = min(rows, len(self.val_windows.inputs))
-        line |= evaluate(self.state.model, self.val_windows, rows, self.config.trainer.precision)
+        batch_size = eval_batch_size(self.val_windows)
+        line |= evaluate(self.state.model, self.val_windows, batch_size, self.config.trainer.precision)
         self.final_val_loss = line["val/loss"]
         is_best = line["val/loss"] < (math.inf if self.best_val_loss is None else self.best_val_loss)  # NaN never is
         if is_best:

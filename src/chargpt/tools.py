@@ -14,7 +14,7 @@ from chargpt.config import ConfigError, DatasetConfig, DatasetName, require, req
 from chargpt.corpus import CharTokenizer, load_corpus, make_windows, read_text
 from chargpt.flops import kv_cache_bytes_per_token
 from chargpt.generate import generate
-from chargpt.train import EVAL_TOKENS_PER_BATCH, Stream, TrainState, cast, compute_dtype, evaluate, random_key
+from chargpt.train import Stream, TrainState, cast, compute_dtype, eval_batch_size, evaluate, random_key
 
 
 class Which(Enum):
@@ -101,9 +101,8 @@ def evaluate_run(options: EvaluateOptions) -> None:
     else:
         dataset = dataclasses.replace(config.dataset, name=options.dataset_name, filepath=options.dataset_filepath)
         tokens = known_tokens(dataset, CharTokenizer(header.vocabulary))
-    rows = max(1, EVAL_TOKENS_PER_BATCH // config.dataset.seq_len)
     windows = make_windows(tokens, config.dataset.seq_len)
-    scores = evaluate(state.model, windows, min(rows, len(windows.inputs)), config.trainer.precision)
+    scores = evaluate(state.model, windows, eval_batch_size(windows), config.trainer.precision)
     print(f"loss      {scores['val/loss']:.4f} nats per character")
     print(f"bits      {scores['val/bpc']:.4f} per character")
     print(f"accuracy  {scores['val/accuracy']:.2%}")

@@ -72,9 +72,12 @@ class WandbRun:
             self._fail("it did not start in time")
 
     def log(self, metrics: dict[str, int | float]) -> None:
-        self._tasks.put(lambda: self._run.log(metrics))
+        if self._thread is not None:  # else nobody would take it from the queue
+            self._tasks.put(lambda: self._run.log(metrics))
 
     def log_sample(self, step: int, text: str) -> None:
+        if self._thread is None:
+            return
         self._samples.append((step, text))
         rows = list(self._samples)
         self._tasks.put(lambda: self._log_samples(step, rows))

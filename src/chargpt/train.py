@@ -174,6 +174,12 @@ def _score_jit(model: GPT, inputs, targets, weights, dtype):
     return score(cast(model, dtype), inputs, targets, weights)
 
 
+def eval_batch_size(windows: Windows) -> int:
+    """Windows to score at once: about EVAL_TOKENS_PER_BATCH tokens of them."""
+    count, seq_len = windows.inputs.shape
+    return min(max(1, EVAL_TOKENS_PER_BATCH // seq_len), count)
+
+
 def evaluate(model: GPT, windows: Windows, batch_size: int, precision: Precision) -> dict[str, float]:
     """Loss (nats per character), bits per character and accuracy over all windows: exact, and the same every time."""
     count = len(windows.inputs)
