@@ -94,6 +94,7 @@ RULES: list[tuple[str, Any, str]] = [
     ("optimizer.warmup_steps", -1, "must be at least 0"),
     ("optimizer.warmup_steps", 1601, "is longer than the run; write at most trainer.num_steps=1600"),
     ("trainer.grad_accum_steps", 3, "does not divide trainer.batch_size=16; write one of 1, 2, 4, 8, 16"),
+    ("dataset.seq_len", 2**20 + 1, "must be at most 1,048,576"),
     ("seed", -1, "must be in [0, 2^32)"),
     ("seed", 2**32, "must be in [0, 2^32)"),
     ("dataset.name", "file", "needs a text; write dataset.filepath=PATH"),

@@ -234,6 +234,16 @@ def test_draws_after_a_slide_are_independent_of_those_before():
             assert abs(agree - 1 / VOCAB) < 5 * np.sqrt(1 / VOCAB / 2000), (i, j)
 
 
+def test_a_models_blocks_in_arrays_of_their_own_compute_the_same(mha_type):
+    """What decoding uses: bit for bit the stacked model, unstacked once and not at every token."""
+    model = make(mha_type, ONE_LAYER)
+    tokens = jnp.asarray(prompt_of(CONTEXT))
+    unstacked = model.unstack()
+    logits = [eqx.filter_jit(m.decode)(tokens, m.init_cache(CONTEXT), 0)[0] for m in (model, unstacked, unstacked.unstack())]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
         next(generate(make(AttentionType.standard, ONE_LAYER), prompt_of(0), 4, max_seq_len=CONTEXT, keys=keys_of(1)))

@@ -179,6 +179,19 @@ def test_keeping_works_where_a_kill_left_a_temporary_file(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.eqx", "previous.eqx"]
 
 
+def test_a_filesystem_without_hard_links_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
+    for content in (b"one", b"two"):
+        checkpoint.write_durably(last, content)
+        keep_as(last, previous)
+        assert (last.read_bytes(), previous.read_bytes()) == (content, content)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.eqx", "previous.eqx"]
+
+
 # ---- the configuration: with overrides
 
 
@@ -682,6 +695,13 @@ def test_a_scheduler_may_repeat_its_signal(number: signal.Signals):
         for _ in range(5):
             os.kill(os.getpid(), number)
         assert stop.number == number
+
+
+def test_the_first_sigint_after_a_schedulers_signal_still_waits_for_the_save():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
 
 
 def test_an_exception_restores_the_handlers_too():

@@ -82,7 +82,11 @@ def keep_as(path: Path, other: Path) -> None:
     """Let `other` name the file at `path` too, which the next save will replace: there is a whole checkpoint throughout."""
     link = other.with_suffix(".tmp")
     link.unlink(missing_ok=True)
-    os.link(path, link)
+    try:
+        os.link(path, link)
+    except OSError:  # a filesystem without hard links
+        write_durably(other, path.read_bytes())
+        return
     os.replace(link, other)
     link.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
@@ -122,9 +126,10 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
     end = content.find(b"\n", 0, MAX_HEADER_BYTES)
     try:
         fields = json.loads(content[:end]) if end > 0 else None
-        assert isinstance(fields, dict)
-    except (ValueError, AssertionError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no chargpt checkpoint (its first line is not a JSON header)") from error
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: is no chargpt checkpoint (its first line is not a JSON header)")
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: is of another format than {FORMAT}, the one this version of chargpt reads")
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+MAX_SEQ_LEN = 1 << 20  # attention scores of more characters fit in no memory; a stranger's checkpoint may claim anything
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -213,6 +214,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         require_at_least("dataset.", self, 1, ["seq_len"])
+        require(self.seq_len <= MAX_SEQ_LEN, f"dataset.seq_len={self.seq_len}: must be at most {MAX_SEQ_LEN:,}")
         require_between("dataset.", self, 0.0, 1.0, ["val_fraction"])
         if self.name is DatasetName.file:
             require(self.filepath is not None, "dataset.name=file: needs a text; write dataset.filepath=PATH")

@@ -61,6 +61,7 @@ def generate(
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
     how = Sampling(temperature, top_k, top_p)
+    model = _unstack(model)
     keep = max(1, max_seq_len // 2)
     context = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (keys.shape[0], len(prompt)))
     if len(prompt) >= max_seq_len:
@@ -94,6 +95,11 @@ class Sampling:
 
     def __call__(self, logits: Float[Array, " vocab"], key: PRNGKeyArray, index: Int[Array, ""]) -> Int[Array, ""]:
         return sample_token(logits, jax.random.fold_in(key, index), self.temperature, self.top_k, self.top_p)
+
+
+@eqx.filter_jit
+def _unstack(model: GPT) -> GPT:
+    return model.unstack()
 
 
 @eqx.filter_jit

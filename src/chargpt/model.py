@@ -106,11 +106,11 @@ class Block(eqx.Module):
 
 
 class GPT(eqx.Module):
-    """Token logits of a sequence. `blocks` is one Block whose every leaf has a leading layer axis."""
+    """Token logits of a sequence. `blocks` is one Block whose every leaf has a leading layer axis; unstacked, a tuple."""
 
     embedding: Float[Array, "vocab m"]
     position_embedding: Float[Array, "max_seq_len m"] | None
-    blocks: Block
+    blocks: Block | tuple[Block, ...]
     final_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm | None
     head: eqx.nn.Linear | None
     dropout: eqx.nn.Dropout
@@ -150,9 +150,16 @@ class GPT(eqx.Module):
 
     def layers(self) -> tuple[Block, ...]:
         """The blocks one by one."""
+        if isinstance(self.blocks, tuple):
+            return self.blocks
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
         layer = lambda i: jax.tree.map(lambda leaf: leaf[i], arrays)  # noqa: E731
         return tuple(eqx.combine(layer(i), static) for i in range(self.num_layers))
+
+    def unstack(self) -> "GPT":
+        """The model with each block's weights in arrays of their own, for decoding: a slice of stacked weights inside of a
+        compiled loop is a copy at every token."""
+        return eqx.tree_at(lambda model: model.blocks, self, self.layers())
 
     def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
         """Every layer's empty KV cache."""

@@ -40,6 +40,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.number is not None:
+        if number == self.number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number

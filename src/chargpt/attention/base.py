@@ -5,7 +5,7 @@ Axes, in every einsum and every annotation of this package:
     t  query position        n  query heads            m  d_model, the width of the residual stream
     s  key position          k  key/value heads        r  kv_lora_rank, the width of MLA's latent
     h  head_dim              g  = n / k                f  d_ff
-    d  width of queries and keys, v  width of values, where they differ from h
+    d  width of queries and keys, v  width of values, where they differ from h; e  width of a key that all heads share
 """
 
 import abc
@@ -73,16 +73,14 @@ class AbstractAttention(eqx.Module):
         return self.attend(queries, cache, mask), cache
 
 
-def split_heads(linear: eqx.nn.Linear, num_heads: int) -> Float[Array, "{num_heads} width in"]:
-    """The weight of a projection to `num_heads` heads, its head-major rows given an axis of their own."""
-    out_features, in_features = linear.weight.shape
-    return linear.weight.reshape(num_heads, out_features // num_heads, in_features)
+def project_heads(x: Float[Array, "t in"], weight: Float[Array, "out in"], num_heads: int) -> Float[Array, "t heads width"]:
+    """W x, its head-major rows cut into heads. One flat product: weights with a head axis would be laid out anew by XLA."""
+    return jnp.einsum("ti,oi->to", x, weight).reshape(x.shape[0], num_heads, -1)
 
 
-def merge_heads(linear: eqx.nn.Linear, num_heads: int) -> Float[Array, "out {num_heads} width"]:
-    """The weight of a projection from `num_heads` concatenated heads, its columns given a head axis of their own."""
-    out_features, in_features = linear.weight.shape
-    return linear.weight.reshape(out_features, num_heads, in_features // num_heads)
+def merge_heads(heads: Float[Array, "t n width"], weight: Float[Array, "m in"]) -> Float[Array, "t m"]:
+    """W [head 1; head 2; …]: the output projection of concatenated heads."""
+    return jnp.einsum("ti,mi->tm", heads.reshape(heads.shape[0], -1), weight)
 
 
 def fused_kernel(dtype: Any, width: int) -> bool:
@@ -97,13 +95,21 @@ def dot_product_attention(
     mask: Mask,
     *,
     scale: float,
+    shared: tuple[Float[Array, "t n e"], Float[Array, "s e"]] | None = None,
 ) -> Float[Array, "t n v"]:
     """softmax(scale * q·k) v, query head i reading key/value head floor(i / g); softmax in float32.
 
-    Causality that is handed on as a fact reaches the fused kernel where there is one. Elsewhere XLA gets the formula itself,
-    which on a CPU is faster than `jax.nn.dot_product_attention` (docs/results.md) and takes values of any width.
+    `shared` is a further part of the queries, and of the keys one that all heads share: its products are added to the
+    scores, as if the two parts were concatenated. Causality that is handed on as a fact reaches the fused kernel where there
+    is one. Elsewhere XLA gets the formula itself, which on a CPU is faster than `jax.nn.dot_product_attention`
+    (docs/results.md) and takes values of any width.
     """
     if isinstance(mask, str):
+        if shared is not None:  # over many queries one long product beats a sum of two; over a single one, it is a copied cache
+            everywhere = jnp.broadcast_to(shared[1][:, None], (*keys.shape[:2], shared[1].shape[-1]))
+            queries = jnp.concatenate([queries, shared[0]], axis=-1)
+            keys = jnp.concatenate([keys, everywhere], axis=-1)
+            shared = None
         width = values.shape[-1]
         if width <= keys.shape[-1] and fused_kernel(queries.dtype, keys.shape[-1]):
             # The kernel wants one width: zeros added to the values come out as zeros
@@ -113,22 +119,24 @@ def dot_product_attention(
         mask = jnp.arange(keys.shape[0])[None, :] <= jnp.arange(queries.shape[0])[:, None]
         # Here scores outweigh keys: a copy of the few keys for every query head beats an axis of groups in the many scores.
         keys, values = (jnp.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))
-    queries = queries * scale
+    bias = None if shared is None else jnp.einsum("tne,se->nts", shared[0] * scale, shared[1])
     attend = _attend_heads if keys.shape[1] == queries.shape[1] else _attend_groups
-    return attend(queries, keys, values, mask)
+    return attend(queries * scale, keys, values, bias, mask)
 
 
 def _softmax(scores: Float[Array, "*heads t s"], mask: Bool[Array, "t s"], dtype: Any) -> Float[Array, "*heads t s"]:
     return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(dtype)
 
 
-def _attend_heads(queries, keys, values, mask) -> Float[Array, "t n v"]:
-    weights = _softmax(jnp.einsum("tnd,snd->nts", queries, keys), mask, values.dtype)
+def _attend_heads(queries, keys, values, bias, mask) -> Float[Array, "t n v"]:
+    scores = jnp.einsum("tnd,snd->nts", queries, keys)
+    weights = _softmax(scores if bias is None else scores + bias, mask, values.dtype)
     return jnp.einsum("nts,snv->tnv", weights, values)
 
 
-def _attend_groups(queries, keys, values, mask) -> Float[Array, "t n v"]:
+def _attend_groups(queries, keys, values, bias, mask) -> Float[Array, "t n v"]:
     """Keys and values stay as few as they are: what a decoded token reads of the cache is read once."""
     grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
-    weights = _softmax(jnp.einsum("tkgd,skd->kgts", grouped, keys), mask, values.dtype)
+    scores = jnp.einsum("tkgd,skd->kgts", grouped, keys)
+    weights = _softmax(scores if bias is None else scores + bias.reshape(scores.shape), mask, values.dtype)
     return jnp.einsum("kgts,skv->tkgv", weights, values).reshape(*queries.shape[:2], values.shape[-1])

@@ -4,10 +4,9 @@ from typing import final
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, split_heads
+from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, project_heads
 from chargpt.attention.rope import apply_rope
 
 
@@ -57,9 +56,9 @@ class GroupedQueryAttention(AbstractAttention):
         self.rope_theta = rope_theta
 
     def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
-        queries = jnp.einsum("tm,nhm->tnh", x, split_heads(self.q_proj, self.num_heads))
-        keys = jnp.einsum("sm,khm->skh", x, split_heads(self.k_proj, self.num_kv_heads))
-        values = jnp.einsum("sm,khm->skh", x, split_heads(self.v_proj, self.num_kv_heads))
+        queries = project_heads(x, self.q_proj.weight, self.num_heads)
+        keys = project_heads(x, self.k_proj.weight, self.num_kv_heads)
+        values = project_heads(x, self.v_proj.weight, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             queries = jax.vmap(jax.vmap(self.q_norm))(queries)
             keys = jax.vmap(jax.vmap(self.k_norm))(keys)
@@ -75,4 +74,4 @@ class GroupedQueryAttention(AbstractAttention):
     ) -> Float[Array, "t m"]:
         keys, values = entries
         out = dot_product_attention(queries, keys, values, mask, scale=self.head_dim**-0.5)
-        return jnp.einsum("tnh,mnh->tm", out, merge_heads(self.o_proj, self.num_heads))
+        return merge_heads(out, self.o_proj.weight)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, split_heads
+from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, project_heads
 from chargpt.attention.rope import apply_rope
 
 
@@ -77,10 +77,10 @@ class MultiHeadLatentAttention(AbstractAttention):
 
     def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
         if self.q_proj is not None:
-            queries = jnp.einsum("tm,ndm->tnd", x, split_heads(self.q_proj, self.num_heads))
+            queries = project_heads(x, self.q_proj.weight, self.num_heads)
         else:
             compressed = jax.vmap(self.q_a_norm)(jnp.einsum("tm,rm->tr", x, self.q_a_proj.weight))
-            queries = jnp.einsum("tr,ndr->tnd", compressed, split_heads(self.q_b_proj, self.num_heads))
+            queries = project_heads(compressed, self.q_b_proj.weight, self.num_heads)
         q_nope, q_rope = jnp.split(queries, [self.qk_nope_head_dim], axis=-1)
         q_rope = apply_rope(q_rope, positions, self.rope_theta)
 
@@ -96,7 +96,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         mask: Mask,
     ) -> Float[Array, "t m"]:
         read = self.read_absorbed if queries[0].shape[0] == 1 else self.read_expanded
-        return jnp.einsum("tnv,mnv->tm", read(queries, entries, mask), merge_heads(self.o_proj, self.num_heads))
+        return merge_heads(read(queries, entries, mask), self.o_proj.weight)
 
     @property
     def scale(self) -> float:
@@ -104,18 +104,17 @@ class MultiHeadLatentAttention(AbstractAttention):
 
     def _kv_b_halves(self) -> tuple[Float[Array, "n dn r"], Float[Array, "n v r"]]:
         """W_kvb per head: the rows that make keys, and the rows that make values."""
-        key_half, value_half = jnp.split(split_heads(self.kv_b_proj, self.num_heads), [self.qk_nope_head_dim], axis=1)
+        weight = self.kv_b_proj.weight
+        per_head = weight.reshape(self.num_heads, -1, weight.shape[1])
+        key_half, value_half = jnp.split(per_head, [self.qk_nope_head_dim], axis=1)
         return key_half, value_half
 
     def read_expanded(self, queries, entries, mask: Mask) -> Float[Array, "t n v"]:
         """Attention over keys and values expanded from the latents."""
         latents, k_rope = entries
-        key_half, value_half = self._kv_b_halves()
-        k_nope = jnp.einsum("sr,ndr->snd", latents, key_half)
-        values = jnp.einsum("sr,nvr->snv", latents, value_half)
-        k_rope = jnp.broadcast_to(k_rope[:, None, :], (*k_nope.shape[:2], self.qk_rope_head_dim))
-        keys = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return dot_product_attention(jnp.concatenate(queries, axis=-1), keys, values, mask, scale=self.scale)
+        expanded = project_heads(latents, self.kv_b_proj.weight, self.num_heads)
+        k_nope, values = jnp.split(expanded, [self.qk_nope_head_dim], axis=-1)
+        return dot_product_attention(queries[0], k_nope, values, mask, scale=self.scale, shared=(queries[1], k_rope))
 
     def read_absorbed(self, queries, entries, mask: Mask) -> Float[Array, "t n v"]:
         """The same numbers without expansion: multi-query attention whose keys and values are the latents."""
@@ -123,11 +122,6 @@ class MultiHeadLatentAttention(AbstractAttention):
         latents, k_rope = entries
         key_half, value_half = self._kv_b_halves()
         q_latent = jnp.einsum("tnd,ndr->tnr", q_nope, key_half)
-        out = dot_product_attention(
-            jnp.concatenate([q_latent, q_rope], axis=-1),
-            jnp.concatenate([latents, k_rope], axis=-1)[:, None, :],
-            latents[:, None, :],
-            mask,
-            scale=self.scale,
-        )
+        keys = values = latents[:, None, :]
+        out = dot_product_attention(q_latent, keys, values, mask, scale=self.scale, shared=(q_rope, k_rope))
         return jnp.einsum("tnr,nvr->tnv", out, value_half)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, split_heads
+from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, project_heads
 from chargpt.attention.rope import apply_rope, rope_angles
 
 
@@ -51,32 +51,33 @@ class SelectiveAttention(AbstractAttention):
         self.rope_theta = rope_theta
 
     def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
-        key_from_query, key_from_token = jnp.split(split_heads(self.k_proj, self.num_heads), 2, axis=-1)  # A, B
-        value_from_query, value_from_token = jnp.split(split_heads(self.v_proj, self.num_heads), 2, axis=-1)  # C, D
+        key_from_query, key_from_token = jnp.split(self.k_proj.weight, 2, axis=1)  # A, B
+        value_from_query, value_from_token = jnp.split(self.v_proj.weight, 2, axis=1)  # C, D
         q = jnp.einsum("tm,om->to", x, self.q_proj.weight)
-        skip = jnp.einsum("tm,nhm->tnh", q, value_from_query)
-        values = jnp.einsum("sm,nhm->snh", x, value_from_token)
-        keys = apply_rope(jnp.einsum("sm,nhm->snh", x, key_from_token), positions, self.rope_theta)
+        skip = project_heads(q, value_from_query, self.num_heads)
+        values = project_heads(x, value_from_token, self.num_heads)
+        keys = apply_rope(project_heads(x, key_from_token, self.num_heads), positions, self.rope_theta)
         queries = apply_rope(q.reshape(*q.shape[:1], self.num_heads, self.head_dim), positions, self.rope_theta)
+        bias_queries = None
         if self.rope_theta is not None:
             # R_j turns the pair (a1, a2) to (a1 cos - a2 sin, a2 cos + a1 sin), so (q1, q2)·R_j (a1, a2) =
-            # cos (q1 a1 + q2 a2) + sin (q2 a1 - q1 a2): what multiplies cos and sin goes to the query's second half.
+            # cos (q1 a1 + q2 a2) + sin (q2 a1 - q1 a2): what multiplies the key's cos and sin.
             q1, q2 = jnp.split(queries, 2, axis=-1)
-            a1, a2 = jnp.split(jnp.einsum("tm,nhm->tnh", q, key_from_query), 2, axis=-1)
-            queries = jnp.concatenate([queries, q1 * a1 + q2 * a2, q2 * a1 - q1 * a2], axis=-1)
-        return (queries, skip), (keys, values)
+            a1, a2 = jnp.split(project_heads(q, key_from_query, self.num_heads), 2, axis=-1)
+            bias_queries = jnp.concatenate([q1 * a1 + q2 * a2, q2 * a1 - q1 * a2], axis=-1)
+        return (queries, bias_queries, skip), (keys, values)
 
     def attend(
         self,
-        queries: tuple[Float[Array, "t n d"], Float[Array, "t n h"]],
+        queries: tuple[Float[Array, "t n h"], Float[Array, "t n h"] | None, Float[Array, "t n h"]],
         entries: tuple[Float[Array, "s n h"], Float[Array, "s n h"]],
         mask: Mask,
     ) -> Float[Array, "t m"]:
-        q, skip = queries
+        q, bias_queries, skip = queries
         keys, values = entries
-        if self.rope_theta is not None:
+        shared = None
+        if bias_queries is not None:
             angles = rope_angles(jnp.arange(keys.shape[0]), self.head_dim, self.rope_theta)
-            table = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(keys.dtype)
-            keys = jnp.concatenate([keys, jnp.broadcast_to(table[:, None, :], keys.shape)], axis=-1)
-        out = skip + dot_product_attention(q, keys, values, mask, scale=self.head_dim**-0.5)
-        return jnp.einsum("tnh,mnh->tm", out, merge_heads(self.o_proj, self.num_heads))
+            shared = bias_queries, jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(keys.dtype)
+        out = skip + dot_product_attention(q, keys, values, mask, scale=self.head_dim**-0.5, shared=shared)
+        return merge_heads(out, self.o_proj.weight)
