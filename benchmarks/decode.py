@@ -19,9 +19,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from train import VOCABULARY, make_config, read_sizes
+from peers import VOCABULARY, torch_models
+from train import make_config, read_sizes
 
-from chargpt.config import AttentionType
+from chargpt.config import AttentionType, Config
 from chargpt.flops import count_parameters, kv_cache_bytes_per_token
 from chargpt.generate import generate
 from chargpt.model import GPT
@@ -57,30 +58,14 @@ def cacheless_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
     return run
 
 
-def torch_arms(sizes: dict[str, int], batch: int) -> dict[str, Callable[[], int]]:
+def torch_arms(config: Config, batch: int) -> dict[str, Callable[[], int]]:
     """Hugging Face models of the same sizes, greedy, with their dynamic caches; empty where they are not installed."""
-    try:
+    models = {f"HF {name}": model for name, model in torch_models(config).items()}
+    if models:
         import torch
-        import transformers
-    except ImportError:
-        print("torch and transformers are not installed: no PyTorch arms", file=sys.stderr)
-        return {}
-    torch.set_grad_enabled(False)
-    layers, heads, width, context = (sizes[name] for name in ("num_layers", "num_heads", "d_model", "seq_len"))
-    gpt2 = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    llama = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=context, bos_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    models = {"HF GPT-2": transformers.GPT2LMHeadModel(gpt2), "HF Llama": transformers.LlamaForCausalLM(llama)}
+
+        torch.set_grad_enabled(False)
+    context = config.dataset.seq_len
 
     def arm(model) -> Callable[[], int]:
         def run() -> int:
@@ -121,7 +106,7 @@ def main(arguments: list[str]) -> None:
     for batch in batches:
         arms: dict[str, Callable[[], int]] = {"cacheless (standard)": cacheless_arm(models["standard"], batch, seq_len)}
         arms |= {name: chargpt_arm(model, batch, seq_len) for name, model in models.items()}
-        arms |= torch_arms(sizes, batch)
+        arms |= torch_arms(make_config(sizes, AttentionType.standard), batch)
         best = dict.fromkeys(arms, 0.0)
         for run in arms.values():
             run()  # compiles

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # the batch of a run is shared by them, on a machine with one core too
 # Compiling is most of what tests do: in their own process the optimizations that tiny sizes cannot use are left out.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # What one test has compiled, another, or a program that a test starts, need not compile again.

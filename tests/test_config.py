@@ -29,6 +29,7 @@ from chargpt.config import (
     Norm,
     NormPosition,
     Precision,
+    Sampling,
     did_you_mean,
     differences,
     flatten,
@@ -66,20 +67,25 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
 AT_LEAST_1 = (
     [f"model.{name}" for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")]
     + [f"model.mla.{field.name}" for field in dataclasses.fields(config.MLAConfig)]
-    + ["dataset.seq_len"]
+    + ["dataset.seq_len", "optimizer.newton_schulz_steps"]
     + [f"trainer.{name}" for name in ("num_steps", "batch_size", "grad_accum_steps", "log_every", "eval_every")]
     + [f"trainer.{name}" for name in ("eval_tokens", "checkpoint_every", "max_skipped_steps")]
 )
 INTERVALS = {  # option: (the values refused, the interval that the answer names)
     "model.rope_theta": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
+    "model.residual_scale": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
+    "model.logit_softcap": ((0.0, -15.0, "nan", "inf"), "(0, inf)"),
     "model.dropout": ((-0.1, 1.0, "nan", "inf"), "[0, 1)"),
     "dataset.val_fraction": ((0.0, 1.0, -0.1, "nan", "-inf"), "(0, 1)"),
     "optimizer.learning_rate": ((0.0, -0.001, "nan", "inf"), "(0, inf)"),
+    "optimizer.adam_learning_rate": ((0.0, -0.001, "nan", "inf"), "(0, inf)"),
     "optimizer.eps": ((0.0, "nan", "inf"), "(0, inf)"),
     "optimizer.grad_clip": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
     "optimizer.weight_decay": ((-0.1, "nan", "inf"), "[0, inf)"),
     "optimizer.beta1": ((-0.1, 1.0, "nan"), "[0, 1)"),
     "optimizer.beta2": ((-0.1, 1.0, "nan"), "[0, 1)"),
+    "optimizer.momentum": ((-0.1, 1.0, "nan"), "[0, 1)"),
+    "optimizer.ema_decay": ((-0.1, 1.0, "nan", "inf"), "[0, 1)"),
     "optimizer.decay_fraction": ((-0.1, 1.1, "nan"), "[0, 1]"),
     "optimizer.final_lr_fraction": ((-0.1, 1.1, "inf"), "[0, 1]"),
 }
@@ -93,6 +99,7 @@ RULES: list[tuple[str, Any, str]] = [
     ("trainer.sample_chars", -1, "must be at least 0"),
     ("optimizer.warmup_steps", -1, "must be at least 0"),
     ("optimizer.warmup_steps", 1601, "is longer than the run; write at most trainer.num_steps=1600"),
+    ("optimizer.adam_learning_rate", 0.01, "is read only with optimizer.name=muon; write optimizer.learning_rate"),
     ("trainer.grad_accum_steps", 3, "does not divide trainer.batch_size=16; write one of 1, 2, 4, 8, 16"),
     ("dataset.seq_len", 2**20 + 1, "must be at most 1,048,576"),
     ("seed", -1, "must be in [0, 2^32)"),
@@ -130,6 +137,12 @@ def test_no_attention_type_escapes_a_rule(mha_type):
         ("model.dropout", 0.999),
         ("optimizer.weight_decay", 0.0),
         ("optimizer.beta1", 0.0),
+        ("optimizer.momentum", 0.0),
+        ("optimizer.ema_decay", 0.0),
+        ("optimizer.ema_decay", None),
+        ("optimizer.newton_schulz_steps", 1),
+        ("optimizer.adam_learning_rate", None),
+        ("model.logit_softcap", None),
         ("optimizer.decay_fraction", 0.0),
         ("optimizer.decay_fraction", 1.0),
         ("optimizer.final_lr_fraction", 1.0),
@@ -197,6 +210,29 @@ def test_absurd_sizes_are_answered_at_once(options):
     with time_limit(5), pytest.raises(ConfigError, match="does not divide") as error:
         replace(DEFAULT, options)
     assert "\n" not in str(error.value)
+
+
+# --- rules about two options
+
+
+def test_zeros_for_a_head_are_refused_where_the_head_is_the_embedding(mha_type):
+    with pytest.raises(ConfigError) as error:
+        make_config("model.zero_init=true", "model.tie_embeddings=true", f"model.mha_type={mha_type.name}")
+    advice = "an output head of zeros cannot be the embedding; write model.tie_embeddings=false"
+    assert refusal(error) == f"model.zero_init=true: {advice}"
+    assert make_config("model.zero_init=true").model.zero_init
+
+
+def test_epochs_count_sequences_below_2_to_the_31():
+    """They are counted in 32 bits on the device."""
+    steps = {"trainer.num_steps": 2**26, "trainer.batch_size": 32, "trainer.grad_accum_steps": 32}
+    with pytest.raises(ConfigError) as error:
+        replace(DEFAULT, steps | {"dataset.sampling": Sampling.epochs})
+    text = refusal(error)
+    assert text.startswith("dataset.sampling=epochs: ") and "2^31" in text and "write dataset.sampling=random" in text
+    assert replace(DEFAULT, steps).dataset.sampling is Sampling.random
+    most = steps | {"trainer.num_steps": 2**26 - 1, "dataset.sampling": Sampling.epochs}
+    assert replace(DEFAULT, most).dataset.sampling is Sampling.epochs
 
 
 # --- rules that depend on the attention type
@@ -331,6 +367,9 @@ def model_configs(draw) -> ModelConfig:
         options |= {"qk_norm": False, "head_dim": None}
     if options["num_kv_heads"] == 3:
         options["num_kv_heads"] = 2
+    options["zero_init"] = not options["tie_embeddings"] and draw(st.booleans())
+    options["residual_scale"] = draw(st.sampled_from([1.0, 0.5]))
+    options["logit_softcap"] = draw(st.sampled_from([None, 15.0]))
     options["mla"] = dataclasses.replace(small_config().model.mla, q_lora_rank=draw(st.sampled_from([None, 3])))
     return dataclasses.replace(small_config().model, **options)
 
@@ -357,7 +396,12 @@ def test_schema_and_yaml_hold_the_same_options():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_with_every_attention_type(experiment, mha_type):
-    composed = make_config(f"experiment={experiment}", f"model.mha_type={mha_type.name}")
+    overrides = [f"experiment={experiment}", f"model.mha_type={mha_type.name}"]
+    if mha_type not in config.GROUPED and make_config(overrides[0]).model.qk_norm:
+        with pytest.raises(ConfigError, match=r"write model\.qk_norm=false$"):
+            make_config(*overrides)
+        overrides.append("model.qk_norm=false")
+    composed = make_config(*overrides)
     assert composed.model.mha_type is mha_type
     assert differences(composed)
 
@@ -397,7 +441,7 @@ def through_json(composed: Config) -> Config:
 @pytest.mark.parametrize("experiment", [*(f"experiment={name}" for name in EXPERIMENTS), "seed=7"])
 def test_a_configuration_comes_back_from_json_unchanged(experiment, mha_type):
     overrides = (f"model.mha_type={mha_type.name}", "wandb.tags=[a,'b c']", "optimizer.grad_clip=null", "wandb.group=g")
-    composed = make_config(experiment, *overrides)
+    composed = make_config(experiment, "model.qk_norm=false", *overrides)
     assert through_json(composed) == composed
 
 

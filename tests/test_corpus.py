@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt import corpus as module
-from chargpt.config import ConfigError, DatasetConfig, DatasetName
-from chargpt.corpus import CharTokenizer, Corpus, download, load_corpus, make_windows, sample_batch
+from chargpt.config import ConfigError, DatasetConfig, DatasetName, Sampling
+from chargpt.corpus import CharTokenizer, Corpus, download, epoch_batch, load_corpus, make_windows, sample_batch, shuffled
 
 TEXT = "To be, or not to be: that is the question.\n" * 4
 
 
 def from_file(path: Path | str, seq_len: int = 4, val_fraction: float = 0.25) -> Corpus:
-    return load_corpus(DatasetConfig(DatasetName.file, str(path), seq_len, val_fraction))
+    return load_corpus(DatasetConfig(DatasetName.file, str(path), seq_len, Sampling.random, val_fraction))
 
 
 def write(folder: Path, content: bytes | str) -> Path:
@@ -388,7 +388,7 @@ def test_tinyshakespeare_is_downloaded_into_the_cache_folder(serve, tmp_path, mo
     server = serve(send_text)
     monkeypatch.setattr(module, "TINYSHAKESPEARE_URL", server.url)
     monkeypatch.setattr(module, "TINYSHAKESPEARE_SHA256", DIGEST)
-    config = DatasetConfig(DatasetName.tinyshakespeare, None, 4, 0.25)
+    config = DatasetConfig(DatasetName.tinyshakespeare, None, 4, Sampling.random, 0.25)
     for folder, variable in ((tmp_path / "xdg", "XDG_CACHE_HOME"), (tmp_path / "home", "HOME")):
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setenv(variable, str(folder))
@@ -425,6 +425,75 @@ def test_a_key_is_a_batch():
     for a, b, c in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
+
+
+# --- batches of an epoch
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def epoch_batches(tokens, key, steps, batch_size, seq_len):
+    return jax.vmap(lambda step: epoch_batch(tokens, key, step, batch_size, seq_len))(steps)
+
+
+def epoch_starts(length: int, seq_len: int, batch_size: int, num_batches: int, seed: int = 0) -> np.ndarray:
+    """Where the windows of the first batches begin, one after another; the text is the numbers from 0 on."""
+    batches = epoch_batches(jnp.arange(length), jax.random.key(seed), jnp.arange(num_batches), batch_size, seq_len)
+    inputs, targets = (np.asarray(part).reshape(-1, seq_len) for part in batches)
+    np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(seq_len))
+    np.testing.assert_array_equal(targets, inputs + 1)
+    assert inputs.min() >= 0 and targets.max() < length
+    return inputs[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("length", "seq_len", "batch_size"),
+    [
+        (6, 5, 1),
+        (7, 5, 3),
+        (10, 5, 4),
+        (11, 5, 2),
+        (16, 5, 4),
+        (2, 1, 3),
+        (30, 1, 7),
+        (400, 7, 16),
+        (121, 3, 1),
+        (1000, 4, 300),
+    ],
+)
+def test_an_epoch_reads_every_window_once_and_the_next_one_cuts_and_orders_them_anew(length, seq_len, batch_size):
+    room = min(seq_len, length - seq_len)
+    windows = (length - room) // seq_len
+    size, epochs = windows - windows % math.isqrt(windows), 4
+    assert size >= 1 and size > windows * (1 - 1 / math.isqrt(windows))
+    num_batches = -(-epochs * size // batch_size)  # batches need not end where an epoch does
+    starts = epoch_starts(length, seq_len, batch_size, num_batches)[: epochs * size].reshape(epochs, size)
+    cuts = starts.min(axis=1)
+    np.testing.assert_array_equal(np.sort(starts, axis=1), cuts[:, None] + seq_len * np.arange(size))
+    if room > 3:
+        assert len(set(cuts.tolist())) > 1
+    if size > 20:
+        orders = (starts - cuts[:, None]) // seq_len
+        assert len({tuple(order) for order in orders}) == epochs
+        assert (np.diff(orders) == 1).mean() < 0.2
+        other = epoch_starts(length, seq_len, batch_size, num_batches, seed=1)[:size]
+        assert (other - other.min() != starts[0] - cuts[0]).any()
+
+
+@pytest.mark.parametrize("length", [6, 7, 10, 11, 12, 60])
+def test_over_many_epochs_every_window_of_the_text_is_reachable_to_its_last_character(length):
+    assert set(epoch_starts(length, 5, 4, 250).tolist()) == set(range(length - 5))
+
+
+def test_shuffled_is_a_bijection_and_puts_anything_anywhere():
+    index = jnp.arange(2500)  # one shape for all sizes: what lies beyond a size is left out
+    for windows in (1, 2, 3, 4, 5, 11, 48, 63, 64, 130, 255, 1000, 2500):
+        size, key = windows - windows % math.isqrt(windows), jax.random.key(windows)
+        places = np.asarray(jax.vmap(lambda i, size=size, key=key: shuffled(i, size, key))(index))[:size]
+        assert sorted(places.tolist()) == list(range(size)), size
+    keys = jax.random.split(jax.random.key(0), 600)
+    orders = np.asarray(jax.vmap(lambda key: jax.vmap(lambda i: shuffled(i, 12, key))(jnp.arange(12)))(keys))
+    counts = np.stack([np.bincount(places, minlength=12) for places in orders.T])
+    assert (np.abs(counts - 50) < 5 * math.sqrt(50)).all(), counts
 
 
 # --- windows

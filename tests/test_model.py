@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import filled, small_config
 
-from chargpt.config import Activation, AttentionType, ModelConfig
+from chargpt.config import Activation, AttentionType, ConfigError, ModelConfig
 from chargpt.flops import count_parameters, kv_cache_bytes_per_token
 from chargpt.model import GPT, Block, FeedForward, make_norm, take_rows
 
@@ -33,6 +33,11 @@ def make(*overrides: str) -> GPT:
     """A model whose weights are larger than at its initialisation, so that every part of it matters to the logits."""
     build = functools.partial(GPT, model_config(*overrides), VOCAB, SEQ_LEN)
     return filled(eqx.filter_eval_shape(build, key=jax.random.key(0)), 0.16)
+
+
+def shapes(*overrides: str) -> GPT:
+    build = functools.partial(GPT, small_config(*overrides).model, VOCAB, SEQ_LEN)
+    return eqx.filter_eval_shape(build, key=jax.random.key(0))
 
 
 def of_type(mha_type: AttentionType, *overrides: str) -> GPT:
@@ -84,6 +89,30 @@ def test_norms_equal_their_formulas(norm):
 def gelu(z):
     """The tanh form, as in GPT-2."""
     return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_residual_scale_is_a_factor_on_both_branches(norm_position):
+    model = make(f"norm_position={norm_position}", "residual_scale=0.3")
+    x = model.embedding[TOKENS]
+    for block in model.layers():
+        norm_1, norm_2 = jax.vmap(block.attention_norm), jax.vmap(block.feed_forward_norm)
+        if norm_position == "pre":
+            x = x + 0.3 * forward(block.attention, norm_1(x))
+            x = x + 0.3 * block.feed_forward(norm_2(x))
+        else:
+            x = norm_1(x + 0.3 * forward(block.attention, x))
+            x = norm_2(x + 0.3 * block.feed_forward(x))
+    x = x if model.final_norm is None else jax.vmap(model.final_norm)(x)
+    close(forward(model, TOKENS), x @ model.head.weight.T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logit_softcap_bends_logits_by_its_formula(tied):
+    capped, bare = make(f"tie_embeddings={tied}", "logit_softcap=0.7"), make(f"tie_embeddings={tied}")
+    logits = np.asarray(forward(bare, TOKENS))
+    assert np.abs(logits).max() > 1
+    close(forward(capped, TOKENS), 0.7 * np.tanh(logits / 0.7))
 
 
 FORMULAS = {
@@ -181,7 +210,15 @@ def test_decode_equals_the_forward_pass(mha_type, positions):
         close(logits[0], expected[position])
 
 
-@pytest.mark.parametrize("overrides", [("norm_position=post",), ("norm=layernorm", "tie_embeddings=true"), ("qk_norm=true",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("norm_position=post",),
+        ("norm=layernorm", "tie_embeddings=true"),
+        ("qk_norm=true",),
+        ("residual_scale=0.5", "logit_softcap=1"),
+    ],
+)
 def test_decode_equals_the_forward_pass_however_the_block_is_built(overrides):
     model = make(*overrides)
     first, cache = decode(model, TOKENS[:-1], model.init_cache(SEQ_LEN), 0)
@@ -234,6 +271,24 @@ def test_initialisation_is_that_of_gpt2(mha_type):
     assert residual == 2, "one projection of each branch"
     gains = [model.blocks.attention_norm, model.blocks.feed_forward_norm, model.final_norm]
     assert all((norm.weight == 1).all() for norm in gains)
+
+
+def test_zero_init_starts_with_even_odds_and_blocks_that_do_nothing(mha_type):
+    """The head learns from the first step; unstacked and decoded, the model is the same."""
+    config = model_config(f"mha_type={mha_type.name}", "zero_init=true")
+    model = eqx.filter_jit(lambda key: GPT(config, VOCAB, SEQ_LEN, key=key))(jax.random.key(0))
+    zero = {name for name, weight in linears(model).items() if (weight == 0).all()}
+    assert {"head", "down_proj"} < zero and len(zero) == 3 and zero < {"head", "down_proj", "o_proj", "output_proj"}
+    np.testing.assert_array_equal(forward(model, TOKENS), np.zeros((SEQ_LEN, VOCAB)))
+
+    probe = jax.random.normal(jax.random.key(1), (SEQ_LEN, VOCAB))
+    grads = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.vdot(probe, model(TOKENS))))(model)
+    assert np.abs(grads.head.weight).min(axis=1).max() > 1e-3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    moved = eqx.tree_at(lambda m: m.head.weight, model, grads.head.weight)
+    x = jax.vmap(moved.final_norm)(moved.embedding[TOKENS])
+    close(forward(moved, TOKENS), x @ moved.head.weight.T)
+    close(decode(moved.unstack(), TOKENS, moved.init_cache(SEQ_LEN), 0)[0], forward(moved, TOKENS))
 
 
 def test_no_two_weights_start_alike(mha_type):
@@ -372,3 +427,21 @@ def test_bfloat16_logits_are_bfloat16_and_near_those_of_float32(mha_type):
     decoded, cache = eqx.filter_eval_shape(narrow.decode, TOKENS, cache, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, decoded, cache))} == {jnp.dtype(jnp.bfloat16)}
     assert np.abs(logits.astype(jnp.float32) - wide).max() < 0.05 * np.abs(wide).max()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_matched_parameters_are_those_of_standard_to_half_a_hidden_unit(mha_type, activation):
+    sizes = ["model.d_model=32", "model.num_layers=2", f"model.activation={activation}"]
+
+    def count(kind: str, match: str) -> int:
+        model = shapes(f"model.mha_type={kind}", f"model.match={match}", *sizes)
+        return sum(leaf.size for leaf in jax.tree.leaves(model) if getattr(leaf, "ndim", 0) == 3)
+
+    hidden_unit = 2 * 32 * (3 if activation == "swiglu" else 2)
+    assert abs(count(mha_type.name, "params") - count("standard", "none")) <= hidden_unit / 2
+    assert count("standard", "params") == count("standard", "none")
+
+
+def test_a_match_that_no_feed_forward_layer_can_pay_for_is_refused():
+    with pytest.raises(ConfigError, match=r"^model.match=params: selective attention has .* write a larger one"):
+        shapes("model.mha_type=selective", "model.match=params", "model.d_ff=4")

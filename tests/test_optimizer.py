@@ -1,4 +1,4 @@
-"""The learning rate by step, what decays, what is clipped, and AdamW itself, each against its formula."""
+"""The learning rate by step, what decays, what is clipped, AdamW and Muon themselves, each against its formula."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import small_config
 
-from chargpt.config import AttentionType, OptimizerConfig, Schedule
+from chargpt.config import AttentionType, OptimizerConfig, OptimizerName, Schedule
 from chargpt.model import GPT
 from chargpt.optimizer import decay_mask, make_optimizer, make_schedule
 
@@ -170,3 +170,73 @@ def test_updates_are_those_of_adamw(weight_decay):
         direction = (mean / (1 - 0.8 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-3)
         weight = weight - PEAK * (step + 1) / (WARMUP + 1) * (direction + weight_decay * weight)
         np.testing.assert_allclose(params.weight, weight, rtol=1e-5, atol=1e-7)
+
+
+# --- Muon
+
+MUON = dataclasses.replace(
+    CONFIG, name=OptimizerName.muon, momentum=0.9, weight_decay=0.5, grad_clip=None, schedule=Schedule.constant, warmup_steps=0
+)
+HIDDEN = re.compile(r"^\.blocks\..*_proj\.weight$")
+
+
+def orthogonalised(matrix: np.ndarray, steps: int = 5) -> np.ndarray:
+    """The Newton-Schulz iteration of Muon, one matrix, as it is written down, times 0.2 sqrt(max(in, out))."""
+    x = matrix / (np.linalg.norm(matrix) + CONFIG.eps)
+    for _ in range(steps):
+        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+    return 0.2 * math.sqrt(max(matrix.shape)) * x
+
+
+@pytest.mark.parametrize(("out", "into", "steps"), [(3, 6, 5), (6, 3, 5), (4, 4, 2)], ids=["wide", "tall", "square"])
+def test_muon_orthogonalises_the_momentum_of_every_layer_by_itself(out, into, steps):
+    """Nesterov's momentum, each part with its own bias correction; one layer's gradients are a thousand times another's."""
+    config = dataclasses.replace(MUON, newton_schulz_steps=steps, adam_learning_rate=123.0)
+    weight = np.random.default_rng(9).normal(size=(3, out, into))
+    linear = eqx.filter_eval_shape(lambda key: eqx.nn.Linear(into, out, use_bias=False, key=key), jax.random.key(0))
+    stacked = lambda numbers: eqx.tree_at(lambda node: node.weight, linear, jnp.asarray(numbers, jnp.float32))  # noqa: E731
+    optimizer, params = make_optimizer(config, STEPS), stacked(weight)
+    update, state, mean = jax.jit(optimizer.update), optimizer.init(params), 0.0
+    for step in range(3):
+        gradient = np.random.default_rng(step).normal(size=weight.shape) * np.array([1, 1e-3, 1])[:, None, None]
+        updates, state = update(stacked(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+
+        mean = 0.9 * mean + 0.1 * gradient
+        momentum = 0.9 * mean / (1 - 0.9 ** (step + 2)) + 0.1 * gradient / (1 - 0.9 ** (step + 1))
+        directions = np.stack([orthogonalised(matrix, steps) for matrix in momentum])
+        np.testing.assert_allclose(updates.weight, -PEAK * (directions + 0.5 * weight), rtol=1e-3, atol=1e-5)
+        weight = weight - PEAK * (directions + 0.5 * weight)
+        across = np.stack([orthogonalised(matrix.T, steps).T for matrix in momentum])
+        np.testing.assert_allclose(across, directions, rtol=1e-9, atol=1e-12)  # orientation does not matter
+
+
+def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everything_else(mha_type):
+    """Every number that Adam has goes as far at the first step, whatever its gradient, and does not decay."""
+    params = make_params(mha_type)
+    grads = jax.tree.map(lambda leaf: leaf[::-1] + 0.1, params)
+    optimizer = make_optimizer(dataclasses.replace(MUON, adam_learning_rate=0.01), STEPS)
+    updates = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
+    weights, gradients, moves = by_name(params), by_name(grads), by_name(updates)
+    hidden = {name for name in moves if HIDDEN.search(name)}
+    assert hidden == {name for name in moves if LINEAR.search(name)} - {".head.weight"} and len(hidden) >= 5
+    for name, move in moves.items():
+        gradient = np.asarray(gradients[name], np.float64)
+        if name in hidden:
+            directions = np.stack([orthogonalised(matrix) for matrix in gradient])
+            np.testing.assert_allclose(move, -PEAK * (directions + 0.5 * weights[name]), atol=1e-4)
+        else:
+            nesterov = 1 + 0.9 / (1 + 0.9)  # optax's Muon gives its Adam Nesterov's momentum too
+            np.testing.assert_allclose(move, -0.01 * nesterov * np.sign(gradient), rtol=1e-4)
+
+
+@pytest.mark.parametrize("adam_learning_rate", [None, 0.03])
+def test_adam_beside_muon_follows_the_same_schedule_from_its_own_peak(adam_learning_rate):
+    """Without one of its own, from that of Muon."""
+    config = dataclasses.replace(MUON, adam_learning_rate=adam_learning_rate, schedule=Schedule.wsd, warmup_steps=1)
+    optimizer = make_optimizer(dataclasses.replace(config, beta1=0.0, beta2=0.0), 4)
+    state, found = optimizer.init(PARAMS), []
+    for _ in range(4):
+        updates, state = optimizer.update(PARAMS, state, PARAMS)
+        found.append(float(np.abs(updates.weight).mean()))
+    close(found, (adam_learning_rate or PEAK) / PEAK * np.asarray(jax.vmap(make_schedule(config, 4))(jnp.arange(4))))

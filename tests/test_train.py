@@ -9,8 +9,18 @@ import pytest
 from conftest import small_config
 
 from chargpt.config import AttentionType, Config, Precision
-from chargpt.corpus import make_windows
-from chargpt.train import TrainState, cross_entropy, evaluate, init_state, loss_fn, train_steps
+from chargpt.corpus import epoch_batch, make_windows
+from chargpt.train import (
+    Stream,
+    TrainState,
+    cross_entropy,
+    draw_batch,
+    evaluate,
+    init_state,
+    loss_fn,
+    random_key,
+    train_steps,
+)
 
 VOCABULARY = 20
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 600), jnp.int32)
@@ -85,6 +95,71 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     state, metrics = compiled(config, 1)(mended, TOKENS)
     assert int(state.skipped_in_a_row) == 0 and int(state.skipped) == 3
     assert not np.array_equal(state.model.embedding, good.model.embedding)
+
+
+def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> None:
+    config = small_config("dataset.sampling=epochs")
+    draw = jax.jit(lambda key, step: draw_batch(TOKENS, key, step, config))
+    batches = [draw(jax.random.key(step % 2), jnp.asarray(step)) for step in (0, 5, 6, 5)]
+    assert_equal(batches[1], draw(jax.random.key(7), jnp.asarray(5)))
+    assert_equal(batches[1], batches[3])
+    for other in (batches[0], batches[2]):
+        assert (batches[1][0] != other[0]).any(axis=1).all()
+    draw_with = jax.jit(lambda key: epoch_batch(TOKENS, key, jnp.asarray(5), 4, 16))
+    for seed in (0, 1):
+        drawn = draw_with(random_key(seed, Stream.epoch))
+        assert (drawn[0] == batches[1][0]).all() == (seed == 0)
+
+    state = eqx.tree_at(lambda s: s.step, start(config), jnp.asarray(5, jnp.int32))  # as if resumed there
+    _, metrics = compiled(config, 1)(state, TOKENS)
+    expected = eqx.filter_jit(loss_fn)(state.model, *batches[1], None, jnp.float32)
+    np.testing.assert_allclose(metrics.loss[0], expected, rtol=1e-6)
+
+
+def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_steps() -> None:
+    """ema_n+1 = d ema_n + (1 - d) weights_n+1 with d = min(ema_decay, (1 + n) / (10 + n)), n counting steps not skipped."""
+    config = small_config("optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1")
+    state, step = start(config), compiled(config, 1)
+    assert_equal(state.ema, state.model)
+    expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eqx.filter(state.ema, eqx.is_array))]
+    for decay in (1 / 10, 2 / 11, 0.2, 0.2):
+        broken = eqx.tree_at(lambda s: s.model.embedding, state, jnp.full_like(state.model.embedding, jnp.nan))
+        skipped, _ = step(broken, TOKENS)
+        assert_equal(skipped.ema, state.ema)
+        assert int(skipped.skipped) == int(state.skipped) + 1
+        state, _ = step(eqx.tree_at(lambda s: s.model, skipped, state.model), TOKENS)
+        weights = jax.tree.leaves(eqx.filter(state.model, eqx.is_array))
+        expected = [decay * old + (1 - decay) * np.asarray(new) for old, new in zip(expected, weights, strict=True)]
+        for found, wanted in zip(jax.tree.leaves(eqx.filter(state.ema, eqx.is_array)), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert state.averaged is state.ema and not np.array_equal(state.ema.embedding, state.model.embedding)
+    without = eqx.tree_at(lambda s: s.ema, state, None)
+    assert without.averaged is without.model
+    assert eqx.filter_eval_shape(init_state, small_config(), VOCABULARY).ema is None
+
+
+def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
+    """The options of a fast run, together; the buffers of the state are given to the step, as the run does."""
+    config = small_config(
+        "model.zero_init=true",
+        "model.logit_softcap=15",
+        "dataset.sampling=epochs",
+        "optimizer.name=muon",
+        "optimizer.learning_rate=2e-2",
+        "optimizer.adam_learning_rate=2e-2",
+        "optimizer.warmup_steps=0",
+        "optimizer.ema_decay=0.8",
+    )
+    tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
+    steps = eqx.filter_jit(lambda tokens, state: train_steps(state, tokens, config, 40), donate="all-except-first")
+    state = start(config)
+    text = steps.lower(tokens, state).as_text()
+    assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
+    state, metrics = steps(tokens, state)
+    assert float(metrics.loss[0]) == pytest.approx(np.log(VOCABULARY), rel=1e-6)
+    assert float(metrics.loss[-1]) < 0.5 * float(metrics.loss[0])
+    windows = make_windows(np.asarray(tokens[:200]), config.dataset.seq_len)
+    assert evaluate(state.averaged, windows, 4, Precision.float32)["val/loss"] < 0.5 * float(metrics.loss[0])
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_applied() -> None:

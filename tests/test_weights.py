@@ -396,7 +396,7 @@ def forge(file: Path, **changes: str | None) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"chargpt_format": "2"}, "is of format '2'; this version of chargpt reads '1'"),
+        ({"chargpt_format": "1"}, "is of format '1'; this version of chargpt reads '2'"),
         ({"vocabulary": '"ba"'}, "not a sorted string"),
         ({"vocabulary": "[1]"}, "not a sorted string"),
         ({"vocabulary": '"abc"'}, r"model.embed_tokens.weight has shape \[8, 8\], its configuration asks for \[3, 8\]"),

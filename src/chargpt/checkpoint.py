@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 from chargpt.config import Config, from_plain, to_plain
 from chargpt.train import TrainState, init_state
 
-FORMAT = 1
+FORMAT = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_REASON = 500  # characters
 DIGEST_BYTES = 32

@@ -59,8 +59,19 @@ class DatasetName(Enum):
     file = "file"
 
 
+class Match(Enum):
+    none = "none"
+    params = "params"
+
+
+class Sampling(Enum):
+    random = "random"
+    epochs = "epochs"
+
+
 class OptimizerName(Enum):
     adamw = "adamw"
+    muon = "muon"
 
 
 class Schedule(Enum):
@@ -124,6 +135,7 @@ class ModelConfig:
     num_kv_heads: int | None
     head_dim: int | None
     d_ff: int | None
+    match: Match
     activation: Activation
     norm: Norm
     norm_position: NormPosition
@@ -133,13 +145,20 @@ class ModelConfig:
     qk_norm: bool
     dropout: float
     tie_embeddings: bool
+    zero_init: bool
+    residual_scale: float
+    logit_softcap: float | None
     mla: MLAConfig
 
     def __post_init__(self) -> None:
         require_at_least("model.", self, 1, ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"])
-        require_between("model.", self, 0.0, math.inf, ["rope_theta"])
+        require_between("model.", self, 0.0, math.inf, ["rope_theta", "residual_scale", "logit_softcap"])
         require_between("model.", self, 0.0, 1.0, ["dropout"], closed="low")
         kind = self.mha_type.name
+        require(
+            not (self.zero_init and self.tie_embeddings),
+            "model.zero_init=true: an output head of zeros cannot be the embedding; write model.tie_embeddings=false",
+        )
         if self.head_dim is not None:
             require(
                 self.mha_type in GROUPED,
@@ -210,6 +229,7 @@ class DatasetConfig:
     name: DatasetName
     filepath: str | None
     seq_len: int
+    sampling: Sampling
     val_fraction: float
 
     def __post_init__(self) -> None:
@@ -229,7 +249,10 @@ class DatasetConfig:
 class OptimizerConfig:
     name: OptimizerName
     learning_rate: float
+    adam_learning_rate: float | None
     weight_decay: float
+    momentum: float
+    newton_schulz_steps: int
     beta1: float
     beta2: float
     eps: float
@@ -238,13 +261,20 @@ class OptimizerConfig:
     warmup_steps: int
     decay_fraction: float
     final_lr_fraction: float
+    ema_decay: float | None
 
     def __post_init__(self) -> None:
-        require_between("optimizer.", self, 0.0, math.inf, ["learning_rate", "eps", "grad_clip"])
+        require_between("optimizer.", self, 0.0, math.inf, ["learning_rate", "adam_learning_rate", "eps", "grad_clip"])
         require_between("optimizer.", self, 0.0, math.inf, ["weight_decay"], closed="low")
-        require_between("optimizer.", self, 0.0, 1.0, ["beta1", "beta2"], closed="low")
+        require_between("optimizer.", self, 0.0, 1.0, ["beta1", "beta2", "momentum", "ema_decay"], closed="low")
         require_between("optimizer.", self, 0.0, 1.0, ["decay_fraction", "final_lr_fraction"], closed="low high")
         require_at_least("optimizer.", self, 0, ["warmup_steps"])
+        require_at_least("optimizer.", self, 1, ["newton_schulz_steps"])
+        require(
+            self.adam_learning_rate is None or self.name is OptimizerName.muon,
+            f"optimizer.adam_learning_rate={self.adam_learning_rate}: is read only with optimizer.name=muon; "
+            "write optimizer.learning_rate",
+        )
 
 
 @dataclasses.dataclass
@@ -252,6 +282,7 @@ class TrainerConfig:
     num_steps: int
     batch_size: int
     grad_accum_steps: int
+    num_devices: int | None
     precision: Precision
     log_every: int
     eval_every: int
@@ -262,12 +293,18 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         positive = ["num_steps", "batch_size", "grad_accum_steps", "log_every", "eval_every", "eval_tokens"]
-        require_at_least("trainer.", self, 1, [*positive, "checkpoint_every", "max_skipped_steps"])
+        require_at_least("trainer.", self, 1, [*positive, "num_devices", "checkpoint_every", "max_skipped_steps"])
         require_at_least("trainer.", self, 0, ["sample_chars"])
         require(
             self.batch_size % self.grad_accum_steps == 0,
             f"trainer.grad_accum_steps={self.grad_accum_steps}: does not divide trainer.batch_size={self.batch_size}; "
             f"write one of {', '.join(map(str, divisors(self.batch_size)))}",
+        )
+        share = self.batch_size // self.grad_accum_steps
+        require(
+            self.num_devices is None or share % self.num_devices == 0,
+            f"trainer.num_devices={self.num_devices}: cannot share {share} sequences evenly; "
+            f"write one of {', '.join(map(str, divisors(share)))}",
         )
 
 
@@ -300,6 +337,10 @@ class Config:
         require(
             warmup <= steps,
             f"optimizer.warmup_steps={warmup}: is longer than the run; write at most trainer.num_steps={steps}",
+        )
+        require(
+            self.dataset.sampling is Sampling.random or steps * self.trainer.batch_size < 2**31,
+            "dataset.sampling=epochs: counts at most 2^31 sequences; write dataset.sampling=random, or fewer steps",
         )
 
 

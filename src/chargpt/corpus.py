@@ -182,6 +182,48 @@ def sample_batch(
 ) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
     """(inputs, targets): windows at random places, the targets one character further. One gather on the device."""
     starts = jax.random.randint(key, (batch_size,), 0, tokens.shape[0] - seq_len)
+    return read_windows(tokens, starts, seq_len)
+
+
+def epoch_batch(
+    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], batch_size: int, seq_len: int
+) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+    """As `sample_batch`, without replacement: batch number `step` of a text read epoch after epoch.
+
+    In each epoch the text is cut into windows from another offset on, and every window comes once, in another order. The
+    order is a function of (key, epoch), evaluated where it is asked for: a run that goes on needs no list and no cursor.
+    """
+    num_windows = max(1, tokens.shape[0] // seq_len - 1)
+    num_windows -= num_windows % math.isqrt(num_windows)
+    spare = tokens.shape[0] - seq_len * num_windows  # left out of an epoch, at either end, another part each time
+    number = step * batch_size + jnp.arange(batch_size)
+
+    def start(number: Int[Array, ""]) -> Int[Array, ""]:
+        epoch_key = jax.random.fold_in(key, number // num_windows)
+        offset = jax.random.randint(jax.random.fold_in(epoch_key, 0), (), 0, spare)
+        return offset + seq_len * shuffled(number % num_windows, num_windows, epoch_key)
+
+    return read_windows(tokens, jax.vmap(start)(number), seq_len)
+
+
+def shuffled(index: Int[Array, ""], size: int, key: PRNGKeyArray) -> Int[Array, ""]:
+    """Where a random permutation of `size` things puts thing `index`, without the list of all: a Feistel network.
+
+    `size` must be isqrt(size) times a whole number: two digits, each in turn moved by a random function of the other
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    rows = math.isqrt(size)
+    digits, bases = [index % rows, index // rows], [rows, size // rows]
+    for round_number in range(6):
+        moved, other = round_number % 2, 1 - round_number % 2
+        round_key = jax.random.fold_in(jax.random.fold_in(key, 1 + round_number), digits[other])
+        digits[moved] = (digits[moved] + jax.random.randint(round_key, (), 0, bases[moved])) % bases[moved]
+    return digits[1] * rows + digits[0]
+
+
+def read_windows(
+    tokens: Int[Array, " corpus"], starts: Int[Array, " batch"], seq_len: int
+) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
     windows = tokens[starts[:, None] + jnp.arange(seq_len + 1)]
     return windows[:, :-1], windows[:, 1:]
 

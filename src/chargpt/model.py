@@ -1,5 +1,6 @@
 """The decoder-only transformer: FeedForward, Block, GPT. It never asks which attention type it carries."""
 
+import dataclasses
 import math
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from chargpt.attention import AbstractAttention, make_attention
-from chargpt.config import Activation, ModelConfig, Norm, NormPosition
+from chargpt.config import Activation, AttentionType, Match, ModelConfig, Norm, NormPosition, require
 
 Module = TypeVar("Module", bound=eqx.Module)
 
@@ -54,8 +55,29 @@ def make_norm(kind: Norm, width: int) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
             return eqx.nn.LayerNorm(width, use_bias=False)
 
 
+def matched_width(config: ModelConfig) -> int:
+    """The d_ff that gives a block of this attention type as many weights as one of standard attention has with ff_width."""
+
+    def attention_size(kind: AttentionType) -> int:
+        plain = dataclasses.replace(config, mha_type=kind, match=Match.none)
+        layer = eqx.filter_eval_shape(make_attention, plain, key=jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(layer) if hasattr(leaf, "shape"))
+
+    surplus = attention_size(config.mha_type) - attention_size(AttentionType.standard)
+    matrices = 3 if config.activation is Activation.swiglu else 2
+    width = config.ff_width - round(surplus / (matrices * config.d_model))
+    require(
+        width >= 1,
+        f"model.match=params: {config.mha_type.name} attention has {surplus:,} more weights than standard, more than a "
+        f"feed-forward layer of model.d_ff={config.ff_width} can give up; write a larger one, or model.match=none",
+    )
+    return width
+
+
 class Block(eqx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); with post-norm, norm(x + branch(x)).
+
+    `residual_scale` is a factor on both branches.
 
     Dropout is on the two residual branches alone: dropping attention weights would break the sum-to-one that selective
     attention's value half rests on, and fused kernels do not offer it.
@@ -66,15 +88,18 @@ class Block(eqx.Module):
     attention_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
     feed_forward_norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
     norm_position: NormPosition = eqx.field(static=True)
+    residual_scale: float = eqx.field(static=True)
     dropout: eqx.nn.Dropout
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         attention_key, feed_forward_key = jax.random.split(key)
         self.attention = make_attention(config, key=attention_key)
-        self.feed_forward = FeedForward(config.d_model, config.ff_width, config.activation, key=feed_forward_key)
+        d_ff = matched_width(config) if config.match is Match.params else config.ff_width
+        self.feed_forward = FeedForward(config.d_model, d_ff, config.activation, key=feed_forward_key)
         self.attention_norm = make_norm(config.norm, config.d_model)
         self.feed_forward_norm = make_norm(config.norm, config.d_model)
         self.norm_position = config.norm_position
+        self.residual_scale = config.residual_scale
         self.dropout = eqx.nn.Dropout(config.dropout)
 
     def __call__(self, x: Float[Array, "t m"], *, key: PRNGKeyArray | None = None) -> Float[Array, "t m"]:
@@ -97,11 +122,12 @@ class Block(eqx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         branches = ((self.attention_norm, attend, keys[0]), (self.feed_forward_norm, self.feed_forward, keys[1]))
         for norm, branch, branch_key in branches:
+            drop = lambda y, key=branch_key: self.dropout(self.residual_scale * y, key=key, inference=key is None)  # noqa: E731
             match self.norm_position:
                 case NormPosition.pre:
-                    x = x + self.dropout(branch(jax.vmap(norm)(x)), key=branch_key, inference=key is None)
+                    x = x + drop(branch(jax.vmap(norm)(x)))
                 case NormPosition.post:
-                    x = jax.vmap(norm)(x + self.dropout(branch(x), key=branch_key, inference=key is None))
+                    x = jax.vmap(norm)(x + drop(branch(x)))
         return x
 
 
@@ -115,6 +141,7 @@ class GPT(eqx.Module):
     head: eqx.nn.Linear | None
     dropout: eqx.nn.Dropout
     num_layers: int = eqx.field(static=True)
+    logit_softcap: float | None = eqx.field(static=True)
 
     def __init__(self, config: ModelConfig, vocab_size: int, max_seq_len: int, *, key: PRNGKeyArray):
         """`max_seq_len` is the training context: the size of the learned position table where there is one."""
@@ -124,13 +151,18 @@ class GPT(eqx.Module):
         if config.learned_positions:
             self.position_embedding = INIT_STD * jax.random.normal(position_key, (max_seq_len, config.d_model))
         make_block = eqx.filter_vmap(lambda key: Block(config, key=key))
-        self.blocks = init_weights(make_block(jax.random.split(blocks_key, config.num_layers)), key=init_key)
+        blocks = make_block(jax.random.split(blocks_key, config.num_layers))
+        self.blocks = init_weights(blocks, key=init_key, zero_residual=config.zero_init)
         self.final_norm = make_norm(config.norm, config.d_model) if config.norm_position is NormPosition.pre else None
         self.head = None
         if not config.tie_embeddings:
-            self.head = init_weights(eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key), key=head_key)
+            head = eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key)
+            self.head = init_weights(head, key=head_key)
+            if config.zero_init:
+                self.head = eqx.tree_at(lambda linear: linear.weight, head, replace_fn=jnp.zeros_like)
         self.dropout = eqx.nn.Dropout(config.dropout)
         self.num_layers = config.num_layers
+        self.logit_softcap = config.logit_softcap
 
     def __call__(self, tokens: Int[Array, " t"], *, key: PRNGKeyArray | None = None) -> Float[Array, "t vocab"]:
         """Next-token logits at every position; `key` turns dropout on."""
@@ -182,7 +214,10 @@ class GPT(eqx.Module):
 
     def _logits(self, x: Float[Array, "t m"]) -> Float[Array, "t vocab"]:
         x = x if self.final_norm is None else jax.vmap(self.final_norm)(x)
-        return jnp.einsum("tm,om->to", x, self.embedding if self.head is None else self.head.weight)
+        logits = jnp.einsum("tm,om->to", x, self.embedding if self.head is None else self.head.weight)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * jnp.tanh(logits / self.logit_softcap)  # Gemma 2, arXiv 2408.00118
 
 
 def take_rows(table: Float[Array, "rows m"], indices: Int[Array, " t"]) -> Float[Array, "t m"]:
@@ -196,8 +231,11 @@ def take_rows(table: Float[Array, "rows m"], indices: Int[Array, " t"]) -> Float
     return jnp.matmul(one_hot, table, precision=jax.lax.Precision.HIGHEST)
 
 
-def init_weights(module: Module, *, key: PRNGKeyArray) -> Module:
-    """GPT-2's initialisation: every Linear weight normal(0, 0.02), those onto the residual stream / sqrt(2 num_layers)."""
+def init_weights(module: Module, *, key: PRNGKeyArray, zero_residual: bool = False) -> Module:
+    """GPT-2's initialisation: every Linear weight normal(0, 0.02), those onto the residual stream / sqrt(2 num_layers).
+
+    `zero_residual`: those onto the residual stream are 0 instead, so that every block begins as the identity.
+    """
     residual = ("o_proj", "output_proj", "down_proj")
     is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
     leaves, structure = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_linear)
@@ -206,8 +244,9 @@ def init_weights(module: Module, *, key: PRNGKeyArray) -> Module:
     def init(path, leaf, key):
         if not is_linear(leaf):
             return leaf
-        onto_residual = path and getattr(path[-1], "name", "") in residual
-        scale = INIT_STD / math.sqrt(2 * leaf.weight.shape[0]) if onto_residual else INIT_STD
+        scale = INIT_STD
+        if path and getattr(path[-1], "name", "") in residual:
+            scale = 0.0 if zero_residual else INIT_STD / math.sqrt(2 * leaf.weight.shape[0])
         return eqx.tree_at(lambda linear: linear.weight, leaf, scale * jax.random.normal(key, leaf.weight.shape))
 
     return jax.tree.unflatten(structure, [init(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])

@@ -1,13 +1,17 @@
 """The optimizer of a run: optax, put together."""
 
+import dataclasses
 import math
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import PyTree
 
-from chargpt.config import OptimizerConfig, Schedule
+from chargpt.attention import AbstractAttention, MultiHeadLatentAttention, SelectiveAttention
+from chargpt.config import OptimizerConfig, OptimizerName, Schedule
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -32,9 +36,98 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree.map(lambda node: jax.tree.map(lambda _: is_linear(node), node), params, is_leaf=is_linear)
 
 
+def hidden_matrices(params: PyTree) -> PyTree:
+    """For every weight of a linear layer inside of the blocks, which axes are a matrix: those of Equinox are [out, in],
+    stacked [layer, out, in], each layer a matrix of its own. None for embeddings, head and norms."""
+    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+    def axes(node):
+        return jax.tree.map(lambda leaf: matrix if is_linear(node) and leaf.ndim == 3 else None, node)
+
+    return jax.tree.map(axes, params, is_leaf=is_linear)
+
+
+def split_fused(params: PyTree) -> PyTree:
+    """`params` with every fused projection as the tuple of matrices that it is made of, for Muon to orthogonalise singly.
+
+    Selective's keys and values have columns for the query and columns for the token; MLA's down-projection makes a latent
+    and a rotary key, its up-projection keys and values.
+    """
+
+    def split(node):
+        match node:
+            case SelectiveAttention():
+                halves = lambda weight: tuple(jnp.split(weight, 2, axis=2))  # noqa: E731
+                return eqx.tree_at(lambda a: (a.k_proj.weight, a.v_proj.weight), node, replace_fn=halves)
+            case MultiHeadLatentAttention(num_heads=heads, kv_lora_rank=rank, qk_nope_head_dim=nope):
+                down, up = node.kv_a_proj.weight, node.kv_b_proj.weight
+                per_head = up.reshape(up.shape[0], heads, -1, up.shape[2])
+                ups = tuple(part.reshape(up.shape[0], -1, up.shape[2]) for part in jnp.split(per_head, [nope], axis=2))
+                downs = tuple(jnp.split(down, [rank], axis=1))
+                return eqx.tree_at(lambda a: (a.kv_a_proj.weight, a.kv_b_proj.weight), node, (downs, ups))
+        return node
+
+    return jax.tree.map(split, params, is_leaf=lambda node: isinstance(node, AbstractAttention))
+
+
+def join_fused(params: PyTree) -> PyTree:
+    """The inverse of `split_fused`."""
+
+    def join(node):
+        match node:
+            case SelectiveAttention():
+                weights = [jnp.concatenate(linear.weight, axis=2) for linear in (node.k_proj, node.v_proj)]
+                return eqx.tree_at(lambda a: [a.k_proj.weight, a.v_proj.weight], node, weights, is_leaf=is_tuple)
+            case MultiHeadLatentAttention(num_heads=heads):
+                ups = (part.reshape(part.shape[0], heads, -1, part.shape[2]) for part in node.kv_b_proj.weight)
+                up = jnp.concatenate(list(ups), axis=2)
+                weights = [jnp.concatenate(node.kv_a_proj.weight, axis=1), up.reshape(up.shape[0], -1, up.shape[3])]
+                return eqx.tree_at(lambda a: [a.kv_a_proj.weight, a.kv_b_proj.weight], node, weights, is_leaf=is_tuple)
+        return node
+
+    is_tuple = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, AbstractAttention))
+
+
+def on_split(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` seeing fused projections split; its state keeps them so."""
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(split_fused(updates), state, split_fused(params))
+        return join_fused(updates), state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(split_fused(params)), update)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW (arXiv 1711.05101) under the schedule."""
-    schedule = make_schedule(config, num_steps)
+    """Gradient clipping by global norm, then AdamW (arXiv 1711.05101), or Muon, under the schedule.
+
+    Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the nearest orthogonal
+    matrix, found by Newton-Schulz iteration. Scaled to the root mean square of Adam's updates, 0.2 (arXiv 2502.16982), it
+    takes learning rates and weight decay of the same size as AdamW does. What is no hidden matrix keeps Adam,
+    with Nesterov momentum as optax has it beside Muon.
+    """
     clip = optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip)
-    adamw = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
-    return optax.chain(clip, adamw)
+    schedule = make_schedule(config, num_steps)
+    match config.name:
+        case OptimizerName.adamw:
+            optimizer = optax.adamw(
+                schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+            )
+        case OptimizerName.muon:
+            rest = dataclasses.replace(config, learning_rate=config.adam_learning_rate or config.learning_rate)
+            muon = optax.contrib.muon(
+                schedule,
+                ns_steps=config.newton_schulz_steps,
+                beta=config.momentum,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                adam_learning_rate=make_schedule(rest, num_steps),
+                muon_weight_dimension_numbers=hidden_matrices,
+                consistent_rms=0.2,
+            )
+            optimizer = on_split(muon)
+    return optax.chain(clip, optimizer)

@@ -13,6 +13,7 @@ from chargpt import checkpoint
 from chargpt.config import Config, ConfigError, Schedule, flatten, from_plain, parse, to_plain
 from chargpt.corpus import Corpus
 from chargpt.machine import package_versions
+from chargpt.parallel import choose_devices
 from chargpt.train import TrainState
 
 RECORDS = ("metrics.jsonl", "samples.txt")
@@ -20,7 +21,15 @@ CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole on
 MAX_CONFIG_BYTES = 1 << 15
 MAX_CONFIG_DEPTH = 8
 # What would make it another run: the model, the text, the randomness, the state of the optimizer.
-FIXED = ("model.", "dataset.seq_len", "dataset.val_fraction", "optimizer.name", "seed")
+FIXED = (
+    "model.",
+    "dataset.seq_len",
+    "dataset.sampling",
+    "dataset.val_fraction",
+    "optimizer.name",
+    "optimizer.ema_decay",
+    "seed",
+)
 
 
 def restore(
@@ -37,7 +46,7 @@ def restore(
     if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
         say("  the learning-rate schedule is the one of the new length from here on")
     if restored is not None:
-        versions = package_versions()
+        versions = package_versions() | {"devices": str(choose_devices(config.trainer))}
         for name, was in restored[1].versions.items():
             if versions.get(name) != was:
                 say(f"  not bit-exact: {name} {was} -> {versions.get(name)}")

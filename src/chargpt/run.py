@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 
 from chargpt import checkpoint
 from chargpt.cli import RunFailed
-from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
+from chargpt.config import AttentionType, Config, ConfigError, Match, differences, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from chargpt.generate import generate
 from chargpt.machine import device_name, measure_peak_flops, package_versions
+from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.process import StopSignal, lock
 from chargpt.report import draw_curves
 from chargpt.resume import check_corpus, cut_records, record_sizes, restore
@@ -51,6 +52,7 @@ def train(config: Config, run_dir: Path) -> float:
     SystemExit with the conventional code (128 + signal) where a signal asked it to stop; it has saved by then.
     """
     console = RunConsole()
+    offer_cpu_devices()
     with lock(run_dir), StopSignal() as stop:
         if (run_dir / "metrics.jsonl").exists():
             raise ConfigError(f"{run_dir}: already holds a run; write resume={run_dir}, or another hydra.run.dir=DIR")
@@ -60,6 +62,7 @@ def train(config: Config, run_dir: Path) -> float:
 def resume(run_dir: Path, overrides: Sequence[str]) -> float:
     """Go on with the run in `run_dir`, its configuration changed by `overrides` alone; otherwise as `train`."""
     console = RunConsole()
+    offer_cpu_devices()
     with lock(run_dir), StopSignal() as stop:
         config, restored = restore(run_dir, overrides, console.say)
         corpus = load_corpus(config.dataset)
@@ -96,6 +99,7 @@ class Run:
     ):
         self.config, self.run_dir, self.corpus, self.console = config, run_dir, corpus, console
         self.dtype = compute_dtype(config.trainer.precision)
+        self.devices = choose_devices(config.trainer)
         self.versions = package_versions()
         self.step = 0
         self.seconds_before = 0.0
@@ -108,6 +112,7 @@ class Run:
             self.state, header = restored
             self.step, self.seconds_before = header.step, header.seconds
             self.best_val_loss, self.best_step = header.best_val_loss, header.best_step
+        self.state = self.devices.replicate(self.state)
         self.final_val_loss: float | None = None
         self.unsaved: str | None = None  # why the newest checkpoint is not on disk
         self.sample = ""
@@ -117,9 +122,9 @@ class Run:
         model = self.state.model
         self.parameters = count_parameters(model)
         self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
-        self.peak_flops = measure_peak_flops(self.dtype)
+        self.peak_flops = measure_peak_flops(self.dtype) * (len(self.devices) if jax.default_backend() == "gpu" else 1)
         self.flops_per_token = flops_per_token(model, config.model, config.dataset.seq_len)
-        self.tokens = jnp.asarray(corpus.train)
+        self.tokens = self.devices.replicate(jnp.asarray(corpus.train))
         self.val_windows = make_windows(corpus.val, config.dataset.seq_len, config.trainer.eval_tokens)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         checkpoint.write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
@@ -191,7 +196,7 @@ class Run:
             length = self._next_boundary() - self.step
             if length not in self.compiled:
                 steps = eqx.filter_jit(
-                    lambda tokens, state, n=length: train_steps(state, tokens, self.config, n),
+                    lambda tokens, state, n=length: train_steps(state, tokens, self.config, n, self.devices),
                     donate="all-except-first",
                 )
                 self.compiled[length] = steps.lower(self.tokens, self.state).compile()
@@ -232,8 +237,11 @@ class Run:
 
     def _evaluate(self, line: dict[str, int | float]) -> bool:
         """Add validation metrics to `line`, sample a text; whether this is the best so far."""
-        batch_size = eval_batch_size(self.val_windows)
-        line |= evaluate(self.state.model, self.val_windows, batch_size, self.config.trainer.precision)
+        batch_size, precision = eval_batch_size(self.val_windows), self.config.trainer.precision
+        score = lambda model: evaluate(model, self.val_windows, batch_size, precision, self.devices)  # noqa: E731
+        line |= score(self.state.averaged)
+        if self.state.ema is not None:
+            line["val/raw_loss"] = score(self.state.model)["val/loss"]  # of the weights that are not averaged
         self.final_val_loss = line["val/loss"]
         is_best = line["val/loss"] < (math.inf if self.best_val_loss is None else self.best_val_loss)  # NaN never is
         if is_best:
@@ -249,7 +257,7 @@ class Run:
         tokenizer = self.corpus.tokenizer
         prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
         pieces = generate(
-            cast(self.state.model, self.dtype),
+            cast(self.devices.first(self.state.averaged), self.dtype),
             tokenizer.encode(prompt),
             self.config.trainer.sample_chars,
             max_seq_len=self.config.dataset.seq_len,
@@ -318,6 +326,7 @@ class Run:
             "num_params": sum(self.parameters.values()),
             "kv_cache_bytes_per_token": self.cache_bytes,
             "device": device_name(),
+            "num_devices": len(self.devices),
             "dataset": self.config.dataset.name.name,
             "corpus_sha256": self.corpus.sha256,
             "versions": {"python": platform.python_version(), **self.versions},
@@ -335,7 +344,7 @@ class Run:
             seconds=self._seconds(),
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
-            versions=self.versions,
+            versions=self.versions | {"devices": str(self.devices)},
             record_sizes=record_sizes(self.run_dir),
         )
 
@@ -354,7 +363,7 @@ class Run:
         facts = {
             "attention": f"{model.mha_type.name} ({'rope' if model.rope else 'no rope'})",
             "options": " ".join(f"{name}={value}" for name, value in differences(self.config).items()) or "all defaults",
-            "device": f"{device_name()}, {self.config.trainer.precision.name}, "
+            "device": f"{device_name()}, batch shared by {len(self.devices)}, {self.config.trainer.precision.name}, "
             f"{self.peak_flops / 1e9:,.0f} GFLOP/s in matrix products",
             "corpus": f"{corpus.name}: {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate, "
             f"{len(corpus.tokenizer)} symbols",
@@ -364,6 +373,11 @@ class Run:
             "writes to": str(self.run_dir),
         }
         self.console.show_start(facts, self.parameters)
+        if model.match is Match.params:
+            width = self.state.model.blocks.feed_forward.up_proj.out_features
+            self.console.say(
+                f"note: d_ff is {width} instead of {model.ff_width}: as many weights as standard attention would give"
+            )
         if model.mha_type is AttentionType.selective and not model.rope:
             self.console.say("note: without RoPE, selective attention's per-query keys are the same for all keys and cancel")
 

@@ -67,7 +67,7 @@ def sample(options: SampleOptions) -> None:
     cache_bytes = kv_cache_bytes_per_token(state.model, dtype) * context
     note(f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}; KV cache {cache_bytes:,} bytes per sample")
     pieces = generate(
-        cast(state.model, dtype),
+        cast(state.averaged, dtype),
         prompt,
         options.num_chars,
         max_seq_len=context,
@@ -102,7 +102,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
         dataset = dataclasses.replace(config.dataset, name=options.dataset_name, filepath=options.dataset_filepath)
         tokens = known_tokens(dataset, CharTokenizer(header.vocabulary))
     windows = make_windows(tokens, config.dataset.seq_len)
-    scores = evaluate(state.model, windows, eval_batch_size(windows), config.trainer.precision)
+    scores = evaluate(state.averaged, windows, eval_batch_size(windows), config.trainer.precision)
     print(f"loss      {scores['val/loss']:.4f} nats per character")
     print(f"bits      {scores['val/bpc']:.4f} per character")
     print(f"accuracy  {scores['val/accuracy']:.2%}")

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from chargpt.config import Config, Precision
-from chargpt.corpus import Windows, sample_batch
+from chargpt.config import Config, OptimizerName, Precision, Sampling
+from chargpt.corpus import Windows, epoch_batch, sample_batch
 from chargpt.model import GPT
 from chargpt.optimizer import make_optimizer, make_schedule
+from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
 
@@ -25,10 +26,16 @@ class TrainState(eqx.Module):
     """All that a run carries from step to step; the checkpoint holds exactly this."""
 
     model: GPT
+    ema: GPT | None  # the average of the weights, where the configuration asks for one
     opt_state: PyTree
     step: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
     skipped: Int[Array, ""]
+
+    @property
+    def averaged(self) -> GPT:
+        """The model to evaluate, sample from and export: the average where there is one."""
+        return self.model if self.ema is None else self.ema
 
 
 class StepMetrics(eqx.Module):
@@ -45,6 +52,7 @@ class Stream(Enum):
     init = 0
     step = 1
     sample = 2
+    epoch = 3
 
 
 def random_key(seed: int, stream: Stream, step: Int[Array, ""] | int = 0) -> PRNGKeyArray:
@@ -58,7 +66,8 @@ def init_state(config: Config, vocab_size: int) -> TrainState:
     optimizer = make_optimizer(config.optimizer, config.trainer.num_steps)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
-    return TrainState(model, opt_state, step=zero(), skipped_in_a_row=zero(), skipped=zero())
+    ema = None if config.optimizer.ema_decay is None else jax.tree.map(lambda x: x + 0 if eqx.is_array(x) else x, model)
+    return TrainState(model, ema, opt_state, step=zero(), skipped_in_a_row=zero(), skipped=zero())
 
 
 def compute_dtype(precision: Precision) -> Any:
@@ -90,26 +99,35 @@ def loss_fn(
     return cross_entropy(logits, targets).mean()
 
 
-def train_step(state: TrainState, tokens: Int[Array, " corpus"], config: Config) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    state: TrainState, tokens: Int[Array, " corpus"], config: Config, devices: Devices | None = None
+) -> tuple[TrainState, StepMetrics]:
     """One optimizer step. Batch and dropout follow from (seed, step) alone, so an interrupted run repeats them exactly.
 
-    Where loss or gradient is not finite, parameters, moments and their count stay bit for bit as they were.
+    `devices` share the batch; the rest each of them does alike. Where loss or gradient is not finite, parameters, moments
+    and their count stay bit for bit as they were.
     """
     trainer = config.trainer
     batch_key, dropout_key = jax.random.split(random_key(config.seed, Stream.step, state.step))
-    inputs, targets = sample_batch(tokens, batch_key, trainer.batch_size, config.dataset.seq_len)
-    loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config)
+    inputs, targets = draw_batch(tokens, batch_key, state.step, config)
+    loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config, devices)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     optimizer = make_optimizer(config.optimizer, trainer.num_steps)
     params = eqx.filter(state.model, eqx.is_inexact_array)
+    if devices is not None and config.optimizer.name is OptimizerName.muon:
+        grads = devices.split_layers(grads)  # orthogonalising is dear: each device does some layers
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
     opt_state = keep_unless(finite, opt_state, state.opt_state)
+    ema = state.ema
+    if ema is not None:
+        ema = keep_unless(finite, average(ema, model, config.optimizer.ema_decay, state.step - state.skipped), ema)
 
     new_state = TrainState(
         model,
+        ema,
         opt_state,
         step=state.step + 1,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
@@ -117,11 +135,35 @@ def train_step(state: TrainState, tokens: Int[Array, " corpus"], config: Config)
     )
     schedule = make_schedule(config.optimizer, trainer.num_steps)
     learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
+    if devices is not None:
+        new_state = devices.replicate(new_state)
     return new_state, StepMetrics(loss, grad_norm, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
 
 
+def draw_batch(
+    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], config: Config
+) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+    batch_size, seq_len = config.trainer.batch_size, config.dataset.seq_len
+    match config.dataset.sampling:
+        case Sampling.random:
+            return sample_batch(tokens, key, batch_size, seq_len)
+        case Sampling.epochs:
+            return epoch_batch(tokens, random_key(config.seed, Stream.epoch), step, batch_size, seq_len)
+
+
+def average(ema: GPT, model: GPT, decay: float, count: Int[Array, ""]) -> GPT:
+    """The average one step on: decay * ema + (1 - decay) * model, with less decay in the first steps, which it forgets."""
+    decay = jnp.minimum(decay, (1 + count) / (10 + count))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(new) else new, ema, model)
+
+
 def accumulate_gradients(
-    model: GPT, inputs: Int[Array, "batch t"], targets: Int[Array, "batch t"], key: PRNGKeyArray, config: Config
+    model: GPT,
+    inputs: Int[Array, "batch t"],
+    targets: Int[Array, "batch t"],
+    key: PRNGKeyArray,
+    config: Config,
+    devices: Devices | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
     """Loss and gradient of the batch mean, `trainer.grad_accum_steps` equal parts after one another: less memory."""
     parts = config.trainer.grad_accum_steps
@@ -129,15 +171,19 @@ def accumulate_gradients(
     dropout = config.model.dropout > 0
     value_and_grad = eqx.filter_value_and_grad(loss_fn)
     if parts == 1:
+        if devices is not None:
+            inputs, targets = devices.split((inputs, targets))
         return value_and_grad(model, inputs, targets, key if dropout else None, dtype)
 
     def add(total, part):
         inputs, targets, key = part
         return jax.tree.map(jnp.add, total, value_and_grad(model, inputs, targets, key if dropout else None, dtype)), None
 
-    split = lambda batch: batch.reshape(parts, -1, batch.shape[-1])  # noqa: E731
+    inputs, targets = (batch.reshape(parts, -1, batch.shape[-1]) for batch in (inputs, targets))
+    if devices is not None:
+        inputs, targets = devices.split((inputs, targets), axis=1)
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array)))
-    total, _ = jax.lax.scan(add, zeros, (split(inputs), split(targets), jax.random.split(key, parts)))
+    total, _ = jax.lax.scan(add, zeros, (inputs, targets, jax.random.split(key, parts)))
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
@@ -146,17 +192,18 @@ def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 def train_steps(
-    state: TrainState, tokens: Int[Array, " corpus"], config: Config, num_steps: int
+    state: TrainState, tokens: Int[Array, " corpus"], config: Config, num_steps: int, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(arrays, _):
-        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, config)
+        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, config, devices)
         return eqx.filter(new_state, eqx.is_array), metrics
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
-    return eqx.combine(arrays, static), metrics
+    state = eqx.combine(arrays, static)
+    return state if devices is None else devices.replicate(state), metrics
 
 
 def score(
@@ -180,16 +227,22 @@ def eval_batch_size(windows: Windows) -> int:
     return min(max(1, EVAL_TOKENS_PER_BATCH // seq_len), count)
 
 
-def evaluate(model: GPT, windows: Windows, batch_size: int, precision: Precision) -> dict[str, float]:
+def evaluate(
+    model: GPT, windows: Windows, batch_size: int, precision: Precision, devices: Devices | None = None
+) -> dict[str, float]:
     """Loss (nats per character), bits per character and accuracy over all windows: exact, and the same every time."""
     count = len(windows.inputs)
+    batch_size += 0 if devices is None else -batch_size % len(devices)
     padding = -count % batch_size
     losses, correct = 0.0, 0.0
     pad = lambda rows: np.pad(rows, ((0, padding), (0, 0)))  # noqa: E731
     inputs, targets, weights = pad(windows.inputs), pad(windows.targets), pad(windows.weights)
     for start in range(0, count + padding, batch_size):
         rows = slice(start, start + batch_size)
-        batch = _score_jit(model, inputs[rows], targets[rows], weights[rows], compute_dtype(precision))
+        batch = inputs[rows], targets[rows], weights[rows]
+        if devices is not None:
+            batch = devices.split(jax.tree.map(jnp.asarray, batch))
+        batch = _score_jit(model, *batch, compute_dtype(precision))
         losses += float(np.asarray(batch[0], np.float64).sum())
         correct += float(np.asarray(batch[1], np.float64).sum())
     loss = losses / windows.num_targets

@@ -43,7 +43,7 @@ from chargpt.model import GPT
 from chargpt.tools import Which, note, open_run
 from chargpt.train import Stream, TrainState, init_state, random_key
 
-FORMAT = "1"
+FORMAT = "2"
 MAX_CONFIG_BYTES = 1 << 20
 FLOATS = ("F32", "F16", "BF16")  # numpy knows the last one once JAX is imported
 
@@ -102,7 +102,7 @@ class ImportOptions:
 def export_weights(options: ExportOptions) -> None:
     """Write the model of a run; a file that exists is not overwritten."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
-    tensors = to_tensors(state.model)
+    tensors = to_tensors(state.averaged)
     metadata = {
         "format": "pt",  # what the transformers library asks for
         "chargpt_format": FORMAT,
@@ -180,7 +180,11 @@ def import_weights(options: ImportOptions) -> None:
 
 def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
     """The state before the first step with `model` in it; compiled, so that the random weights in its place are never made."""
-    put = lambda model: eqx.tree_at(lambda state: state.model, init_state(config, vocab_size), model)  # noqa: E731
+
+    def put(model):
+        state = eqx.tree_at(lambda state: state.model, init_state(config, vocab_size), model)
+        return state if state.ema is None else eqx.tree_at(lambda state: state.ema, state, model)
+
     return eqx.filter_jit(put)(model)
 
 
@@ -270,6 +274,7 @@ def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
         name=options.dataset_name,
         filepath=options.dataset_filepath,
         seq_len=seq_len,
+        sampling=base.dataset.sampling,
         val_fraction=base.dataset.val_fraction,
     )
     corpus = load_corpus(dataset)

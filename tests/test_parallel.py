@@ -1,0 +1,85 @@
+"""Devices that share a batch compute what one of them computes."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from chargpt.config import ConfigError
+from chargpt.corpus import make_windows
+from chargpt.parallel import Devices, choose_devices
+from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, train_step, train_steps
+
+VOCAB = 11
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.int32)
+
+
+def devices_of(*overrides: str) -> Devices:
+    return choose_devices(small_config(*overrides).trainer)
+
+
+def weights_of(state: TrainState) -> list[jax.Array]:
+    return jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array))
+
+
+def test_there_are_two_devices_to_test_with():
+    assert len(jax.devices()) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_shared_by_two_equals_the_step_of_one(mha_type, optimizer):
+    config = small_config(f"model.mha_type={mha_type.name}", f"optimizer.name={optimizer}", "model.dropout=0.1")
+    devices = choose_devices(config.trainer)
+    assert len(devices) == 2
+    state = init_state(config, VOCAB)
+    alone, shared = (
+        eqx.filter_jit(lambda arrays, d=d: train_step(state, arrays, config, d))(tokens)
+        for d, tokens in ((None, TOKENS), (devices, devices.replicate(TOKENS)))
+    )
+    np.testing.assert_allclose(shared[1].loss, alone[1].loss, rtol=1e-5)
+    np.testing.assert_allclose(shared[1].grad_norm, alone[1].grad_norm, rtol=1e-4)
+    # Adam's first update is learning_rate * sign(gradient): where that is nearly zero, rounding decides
+    tolerance = 2.1 * float(alone[1].learning_rate)
+    for one, two in zip(weights_of(alone[0]), weights_of(shared[0]), strict=True):
+        np.testing.assert_allclose(two, one, atol=tolerance)
+        assert np.mean(np.abs(two - one) > 1e-5) < 0.02
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
+    config = small_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
+    devices = choose_devices(config.trainer)
+    state = devices.replicate(init_state(config, VOCAB))
+    state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config, 3, devices))(state, devices.replicate(TOKENS))
+    assert metrics.loss.shape == (3,)
+    arrays = eqx.filter(state, eqx.is_array)
+    for leaf in jax.tree.leaves(arrays):
+        assert leaf.sharding.is_fully_replicated and len(leaf.addressable_shards) == 2
+        first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(devices.first(arrays)))
+
+
+def test_an_evaluation_shared_by_two_equals_that_of_one():
+    config = small_config()
+    devices = choose_devices(config.trainer)
+    model, windows = init_state(config, VOCAB).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
+    for batch_size in (eval_batch_size(windows), 3):
+        alone = evaluate(model, windows, batch_size, config.trainer.precision)
+        shared = evaluate(devices.replicate(model), windows, batch_size, config.trainer.precision, devices)
+        assert shared == pytest.approx(alone, rel=1e-6)
+
+
+def test_by_default_as_many_devices_as_share_the_batch_evenly():
+    assert len(devices_of("trainer.batch_size=6")) == 2
+    assert len(devices_of("trainer.batch_size=5")) == 1
+    assert len(devices_of("trainer.batch_size=6", "trainer.grad_accum_steps=2")) == 1
+    assert len(devices_of("trainer.num_devices=1")) == 1
+    assert str(devices_of()) == "2 x cpu"
+
+
+def test_more_devices_than_there_are_is_answered_in_one_line():
+    with pytest.raises(ConfigError, match=r"^trainer.num_devices=4: there are 2 \(cpu\); write that or fewer, or null$"):
+        devices_of("trainer.num_devices=4")
