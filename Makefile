@@ -10,7 +10,7 @@ help:
 	@echo 'make train [ARGS="…"]    train; ARGS are overrides: ARGS="model.mha_type=mla trainer.num_steps=50"'
 	@echo 'make test                lint, types, all tests'
 	@echo 'make lint                ruff and mypy alone'
-	@echo 'make bench               training step, attention product and decoding of every attention type'
+	@echo 'make bench               every table of docs/results.md that needs no other library; an hour'
 	@echo 'make lock                resolve the lock files anew (needs uv)'
 	@echo 'make clean               remove .venv and caches; runs are kept'
 
@@ -39,6 +39,8 @@ bench: setup
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/quality.py
 
 lock:
 	for extras in '' -cuda; do \

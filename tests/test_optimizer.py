@@ -211,6 +211,19 @@ def test_muon_orthogonalises_the_momentum_of_every_layer_by_itself(out, into, st
         np.testing.assert_allclose(across, directions, rtol=1e-9, atol=1e-12)  # orientation does not matter
 
 
+def matrices_in(name: str, out: int, into: int, mha_type: AttentionType) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows and columns of each matrix that a projection is fused of."""
+    rows, columns = np.arange(out), np.arange(into)
+    projection = name.removesuffix(".weight").rpartition(".")[2]
+    if mha_type is AttentionType.selective and projection in ("k_proj", "v_proj"):
+        return [(rows, columns[: into // 2]), (rows, columns[into // 2 :])]
+    if projection == "kv_a_proj":  # the latent, 8 wide, and the rotary key
+        return [(rows[:8], columns), (rows[8:], columns)]
+    if projection == "kv_b_proj":  # in every head 4 rows of keys and 8 of values
+        return [(rows[rows % 12 < 4], columns), (rows[rows % 12 >= 4], columns)]
+    return [(rows, columns)]
+
+
 def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everything_else(mha_type):
     """Every number that Adam has goes as far at the first step, whatever its gradient, and does not decay."""
     params = make_params(mha_type)
@@ -223,7 +236,10 @@ def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everyt
     for name, move in moves.items():
         gradient = np.asarray(gradients[name], np.float64)
         if name in hidden:
-            directions = np.stack([orthogonalised(matrix) for matrix in gradient])
+            directions = np.zeros_like(gradient)
+            for rows, columns in matrices_in(name, *gradient.shape[1:], mha_type):
+                part = np.ix_(range(len(gradient)), rows, columns)
+                directions[part] = np.stack([orthogonalised(matrix) for matrix in gradient[part]])
             np.testing.assert_allclose(move, -PEAK * (directions + 0.5 * weights[name]), atol=1e-4)
         else:
             nesterov = 1 + 0.9 / (1 + 0.9)  # optax's Muon gives its Adam Nesterov's momentum too

@@ -37,10 +37,14 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def hidden_matrices(params: PyTree) -> PyTree:
-    """For every weight of a linear layer inside of the blocks, which axes are a matrix: those of Equinox are [out, in],
-    stacked [layer, out, in], each layer a matrix of its own. None for embeddings, head and norms."""
+    """For every weight of a linear layer inside of the blocks, which axes are a matrix: the last two, each layer by itself.
+
+    None for embeddings, head and norms. Equinox's weights are [layer, out, in], yet they are handed over as [layer,
+    reduction, output]: orthogonalisation and the scale used here are the same for a matrix and its transpose, and XLA is
+    slow at transposing.
+    """
     is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def axes(node):
         return jax.tree.map(lambda leaf: matrix if is_linear(node) and leaf.ndim == 3 else None, node)

@@ -119,6 +119,8 @@ def train_step(
     if devices is not None and config.optimizer.name is OptimizerName.muon:
         grads = devices.split_layers(grads)  # orthogonalising is dear: each device does some layers
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    if devices is not None:
+        updates = devices.replicate(updates)
     model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
     opt_state = keep_unless(finite, opt_state, state.opt_state)
     ema = state.ema
@@ -135,8 +137,6 @@ def train_step(
     )
     schedule = make_schedule(config.optimizer, trainer.num_steps)
     learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
-    if devices is not None:
-        new_state = devices.replicate(new_state)
     return new_state, StepMetrics(loss, grad_norm, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
 
 
