@@ -36,6 +36,7 @@ SMALL = [
     "model.num_heads=4",
     "dataset.seq_len=16",
     "trainer.batch_size=4",
+    "trainer.num_devices=1",
 ] + [f"model.mla.{name}" for name in ("kv_lora_rank=8", "qk_nope_head_dim=4", "qk_rope_head_dim=4", "v_head_dim=8")]
 
 

@@ -17,6 +17,7 @@ from chargpt.config import AttentionType, differences, from_plain
 from chargpt.resume import read_config
 
 DEBUG = ["experiment=debug", "mode=disabled"]
+SHARED = {"JAX_NUM_CPU_DEVICES": "2"}  # each batch shared by two: slower to compile
 LONG = [*DEBUG, "trainer.num_steps=100000", "trainer.log_every=20", "trainer.eval_every=40", "trainer.checkpoint_every=20"]
 
 
@@ -25,7 +26,7 @@ def start(*arguments: str | Path, cwd: Path = ROOT, module: bool = False, **envi
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", "XLA_FLAGS": "", **environment},
+        env={**os.environ, "COLUMNS": "100", "JAX_NUM_CPU_DEVICES": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -169,14 +170,15 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpo
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts, with dropout, in bfloat16."""
+    """The run that nothing interrupts: Muon and Adam, an average, epochs, dropout, in bfloat16."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    run(*INTERRUPTED, f"hydra.run.dir={run_dir}")
+    run(*INTERRUPTED, f"hydra.run.dir={run_dir}", **SHARED)
     return run_dir
 
 
 INTERRUPTED = [*DEBUG, "model.dropout=0.1", "trainer.precision=bfloat16", "trainer.num_steps=240", "trainer.log_every=10"]
 INTERRUPTED += ["trainer.eval_every=40", "trainer.checkpoint_every=20", "model.mha_type=mla"]
+INTERRUPTED += ["optimizer.name=muon", "optimizer.ema_decay=0.98", "dataset.sampling=epochs"]
 
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
@@ -194,14 +196,14 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(tmp_path: Path, reference: Path) -> None:
     run_dir = tmp_path / "run"
     for arguments, step in (([*INTERRUPTED, f"hydra.run.dir={run_dir}"], 50), ([f"resume={run_dir}"], 130)):
-        process = start(*arguments)
+        process = start(*arguments, **SHARED)
         wait_for_step(process, run_dir, step)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    out, _ = run(f"resume={run_dir}")
+    out, _ = run(f"resume={run_dir}", **SHARED)
     assert "resuming" in out
     assert_same_run(run_dir, reference)
-    out, _ = run(f"resume={run_dir}")
+    out, _ = run(f"resume={run_dir}", **SHARED)
     assert "already complete" in out
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from chargpt.config import ConfigError
+from chargpt.config import Config, ConfigError
 from chargpt.corpus import make_windows
 from chargpt.parallel import Devices, choose_devices
 from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, train_step, train_steps
@@ -16,8 +16,12 @@ VOCAB = 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.int32)
 
 
+def shared_config(*overrides: str) -> Config:
+    return small_config("trainer.num_devices=null", *overrides)
+
+
 def devices_of(*overrides: str) -> Devices:
-    return choose_devices(small_config(*overrides).trainer)
+    return choose_devices(shared_config(*overrides).trainer)
 
 
 def weights_of(state: TrainState) -> list[jax.Array]:
@@ -28,9 +32,9 @@ def test_there_are_two_devices_to_test_with():
     assert len(jax.devices()) == 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_shared_by_two_equals_the_step_of_one(mha_type, optimizer):
-    config = small_config(f"model.mha_type={mha_type.name}", f"optimizer.name={optimizer}", "model.dropout=0.1")
+def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
+    optimizer = "muon" if mha_type.name in ("standard", "selective", "mla") else "adamw"
+    config = shared_config(f"model.mha_type={mha_type.name}", f"optimizer.name={optimizer}", "model.dropout=0.1")
     devices = choose_devices(config.trainer)
     assert len(devices) == 2
     state = init_state(config, VOCAB)
@@ -49,7 +53,7 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type, optimizer):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
-    config = small_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
+    config = shared_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
     devices = choose_devices(config.trainer)
     state = devices.replicate(init_state(config, VOCAB))
     state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config, 3, devices))(state, devices.replicate(TOKENS))
@@ -63,7 +67,7 @@ def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
 
 
 def test_an_evaluation_shared_by_two_equals_that_of_one():
-    config = small_config()
+    config = shared_config()
     devices = choose_devices(config.trainer)
     model, windows = init_state(config, VOCAB).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
     for batch_size in (eval_batch_size(windows), 3):

@@ -54,8 +54,10 @@ class Devices:
 def offer_cpu_devices() -> None:
     """Let a CPU appear as one device per core. XLA shares out small operations badly, whole sequences well.
 
-    To be called before JAX looks for devices; afterwards those that it found stay.
+    To be called before JAX looks for devices; afterwards those that it found stay. JAX_NUM_CPU_DEVICES sets another number.
     """
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores)
