@@ -207,7 +207,7 @@ def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(tmp_path: Path, 
     assert "already complete" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_saves_summarises_and_exits_with_its_code(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(*LONG, f"hydra.run.dir={run_dir}")

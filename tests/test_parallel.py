@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from chargpt.config import Config, ConfigError
+from chargpt.config import AttentionType, Config, ConfigError
 from chargpt.corpus import make_windows
 from chargpt.parallel import Devices, choose_devices
 from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, train_step, train_steps
@@ -24,6 +24,10 @@ def devices_of(*overrides: str) -> Devices:
     return choose_devices(shared_config(*overrides).trainer)
 
 
+def initial(config: Config) -> TrainState:
+    return eqx.filter_jit(lambda: init_state(config, VOCAB))()
+
+
 def weights_of(state: TrainState) -> list[jax.Array]:
     return jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array))
 
@@ -33,11 +37,12 @@ def test_there_are_two_devices_to_test_with():
 
 
 def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
-    optimizer = "muon" if mha_type.name in ("standard", "selective", "mla") else "adamw"
-    config = shared_config(f"model.mha_type={mha_type.name}", f"optimizer.name={optimizer}", "model.dropout=0.1")
+    """With Muon, which shares out layers, for one type; with AdamW and one layer, which compile faster, for the others."""
+    how = ["optimizer.name=muon"] if mha_type is AttentionType.selective else ["model.num_layers=1"]
+    config = shared_config(f"model.mha_type={mha_type.name}", "model.dropout=0.1", *how)
     devices = choose_devices(config.trainer)
     assert len(devices) == 2
-    state = init_state(config, VOCAB)
+    state = initial(config)
     alone, shared = (
         eqx.filter_jit(lambda arrays, d=d: train_step(state, arrays, config, d))(tokens)
         for d, tokens in ((None, TOKENS), (devices, devices.replicate(TOKENS)))
@@ -55,7 +60,7 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
 def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
     config = shared_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
     devices = choose_devices(config.trainer)
-    state = devices.replicate(init_state(config, VOCAB))
+    state = devices.replicate(initial(config))
     state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config, 3, devices))(state, devices.replicate(TOKENS))
     assert metrics.loss.shape == (3,)
     arrays = eqx.filter(state, eqx.is_array)
@@ -69,7 +74,7 @@ def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
 def test_an_evaluation_shared_by_two_equals_that_of_one():
     config = shared_config()
     devices = choose_devices(config.trainer)
-    model, windows = init_state(config, VOCAB).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
+    model, windows = initial(config).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
     for batch_size in (eval_batch_size(windows), 3):
         alone = evaluate(model, windows, batch_size, config.trainer.precision)
         shared = evaluate(devices.replicate(model), windows, batch_size, config.trainer.precision, devices)
