@@ -36,8 +36,9 @@ def test_there_are_two_devices_to_test_with():
     assert len(jax.devices()) == 2
 
 
+@pytest.mark.parametrize("mha_type", [AttentionType.selective, AttentionType.mla, AttentionType.equinox])
 def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
-    """With Muon, which shares out layers, for one type; with AdamW and one layer, which compile faster, for the others."""
+    """With Muon, which shares out layers, for one type; with AdamW and one layer for others."""
     how = ["optimizer.name=muon"] if mha_type is AttentionType.selective else ["model.num_layers=1"]
     config = shared_config(f"model.mha_type={mha_type.name}", "model.dropout=0.1", *how)
     devices = choose_devices(config.trainer)
