@@ -16,16 +16,14 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from train import make_config
 
 from chargpt.attention import SelectiveAttention, make_attention
 from chargpt.attention.base import merge_heads
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 CONTEXTS = [(tokens, 64) for tokens in (256, 512, 1024, 2048, 4096, 8192)]
 WIDTHS = [(256, width) for width in (64, 128, 256, 512, 1024)]
@@ -78,7 +76,8 @@ def main(arguments: list[str]) -> None:
         if name != "figure" or not figure_path:
             sys.exit(f"error: {argument}: write figure=PATH.png")
     names = [*(kind.name for kind in AttentionType), "literal"]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey="row")
+    figure = Figure(figsize=(10, 7.5))
+    axes = figure.subplots(2, 2, sharey="row")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; ms / MB")
     for column, (axis_name, points) in enumerate((("context", CONTEXTS), ("width", WIDTHS))):
         values = [point[column] for point in points]
@@ -98,7 +97,7 @@ def main(arguments: list[str]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.xaxis.set_major_formatter(ScalarFormatter())
     axes[0, 0].set_ylabel("time, ms")
     axes[1, 0].set_ylabel("memory, MB")
     axes[0, 0].legend(frameon=False)

@@ -11,6 +11,7 @@ steps, arguments and temporaries of all devices together. As main.py does it, th
 each; one arm leaves that to XLA's own threads, and one has Muon instead of AdamW.
 """
 
+import copy
 import platform
 import sys
 import time
@@ -91,9 +92,9 @@ def main(arguments: list[str]) -> None:
     configs["standard, muon"] = make_config(sizes, AttentionType.standard, "optimizer.name=muon")
     ours = {name: Arm(config, jnp.asarray(tokens)) for name, config in configs.items()}
     arms: dict[str, Callable[[], None]] = ours | {"flat JAX": flat_arm(standard, jnp.asarray(tokens))}
-    for name in torch_models(standard):
+    for name, model in torch_models(standard).items():
         for way in ("eager", "compile"):
-            arms[f"PyTorch {way}, {name}"] = torch_arm(torch_models(standard)[name], standard, tokens, way == "compile")
+            arms[f"PyTorch {way}, {name}"] = torch_arm(copy.deepcopy(model), standard, tokens, way == "compile")
     compile_seconds = {}
     best = dict.fromkeys(arms, float("inf"))
     for name, run in arms.items():

@@ -157,9 +157,7 @@ class GPT(eqx.Module):
         self.head = None
         if not config.tie_embeddings:
             head = eqx.nn.Linear(config.d_model, vocab_size, use_bias=False, key=head_key)
-            self.head = init_weights(head, key=head_key)
-            if config.zero_init:
-                self.head = eqx.tree_at(lambda linear: linear.weight, head, replace_fn=jnp.zeros_like)
+            self.head = jax.tree.map(jnp.zeros_like, head) if config.zero_init else init_weights(head, key=head_key)
         self.dropout = eqx.nn.Dropout(config.dropout)
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap

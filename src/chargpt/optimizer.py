@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -30,9 +31,12 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), body], [warmup])
 
 
+def is_linear(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Linear)
+
+
 def decay_mask(params: PyTree) -> PyTree:
     """True for the weights of linear layers; embeddings and norms do not decay."""
-    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
     return jax.tree.map(lambda node: jax.tree.map(lambda _: is_linear(node), node), params, is_leaf=is_linear)
 
 
@@ -43,7 +47,6 @@ def hidden_matrices(params: PyTree) -> PyTree:
     reduction, output]: orthogonalisation and the scale used here are the same for a matrix and its transpose, and XLA is
     slow at transposing.
     """
-    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def axes(node):
@@ -75,31 +78,13 @@ def split_fused(params: PyTree) -> PyTree:
     return jax.tree.map(split, params, is_leaf=lambda node: isinstance(node, AbstractAttention))
 
 
-def join_fused(params: PyTree) -> PyTree:
-    """The inverse of `split_fused`."""
-
-    def join(node):
-        match node:
-            case SelectiveAttention():
-                weights = [jnp.concatenate(linear.weight, axis=2) for linear in (node.k_proj, node.v_proj)]
-                return eqx.tree_at(lambda a: [a.k_proj.weight, a.v_proj.weight], node, weights, is_leaf=is_tuple)
-            case MultiHeadLatentAttention(num_heads=heads):
-                ups = (part.reshape(part.shape[0], heads, -1, part.shape[2]) for part in node.kv_b_proj.weight)
-                up = jnp.concatenate(list(ups), axis=2)
-                weights = [jnp.concatenate(node.kv_a_proj.weight, axis=1), up.reshape(up.shape[0], -1, up.shape[3])]
-                return eqx.tree_at(lambda a: [a.kv_a_proj.weight, a.kv_b_proj.weight], node, weights, is_leaf=is_tuple)
-        return node
-
-    is_tuple = lambda node: isinstance(node, tuple)  # noqa: E731
-    return jax.tree.map(join, params, is_leaf=lambda node: isinstance(node, AbstractAttention))
-
-
 def on_split(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer` seeing fused projections split; its state keeps them so."""
 
     def update(updates, state, params=None):
+        join = jax.linear_transpose(split_fused, updates)  # splitting only rearranges: its transpose is its inverse
         updates, state = optimizer.update(split_fused(updates), state, split_fused(params))
-        return join_fused(updates), state
+        return join(updates)[0], state
 
     return optax.GradientTransformation(lambda params: optimizer.init(split_fused(params)), update)
 
