@@ -24,6 +24,7 @@ from chargpt.attention import SelectiveAttention, make_attention
 from chargpt.attention.base import merge_heads
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
+from chargpt.machine import memory_bytes
 
 CONTEXTS = [(tokens, 64) for tokens in (256, 512, 1024, 2048, 4096, 8192)]
 WIDTHS = [(256, width) for width in (64, 128, 256, 512, 1024)]
@@ -59,14 +60,12 @@ def measure(name: str, tokens: int, width: int) -> tuple[float, float]:
     forward = literal_selective if name == "literal" else lambda layer, x: layer(x)
     gradients = eqx.filter_jit(eqx.filter_grad(lambda both: jnp.sum(jnp.square(forward(*both)))))
     compiled = gradients.lower((layer, x)).compile()
-    memory = compiled.compiled.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     best = float("inf")
     for _ in range(4 if tokens < 2048 else 2):
         begin = time.perf_counter()
         jax.block_until_ready(compiled((layer, x)))
         best = min(best, time.perf_counter() - begin)
-    return best, size
+    return best, memory_bytes(compiled)
 
 
 def main(arguments: list[str]) -> None:

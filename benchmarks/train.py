@@ -28,7 +28,7 @@ from peers import STEPS_PER_CALL, VOCABULARY, flat_arm, torch_arm, torch_models
 from chargpt import config as chargpt_config
 from chargpt.config import AttentionType, Config
 from chargpt.flops import flops_per_token
-from chargpt.machine import measure_peak_flops
+from chargpt.machine import measure_peak_flops, memory_bytes
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.train import compute_dtype, init_state, train_steps
 
@@ -62,8 +62,7 @@ class Arm:
         begin = time.perf_counter()
         self._steps = steps.lower(tokens, state).compile()
         self.compile_seconds = time.perf_counter() - begin
-        memory = self._steps.compiled.memory_analysis()
-        self.megabytes = len(devices) * (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6
+        self.megabytes = len(devices) * memory_bytes(self._steps) / 1e6
         self._tokens, self._state = tokens, state
 
     def __call__(self) -> None:

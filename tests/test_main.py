@@ -1,7 +1,8 @@
-"""The real programs, as a person starts them: main.py and chargpt, each in a process of its own."""
+"""The real programs, as a person starts them: main.py and chargpt, in a process of their own where that is what is tested."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from chargpt import checkpoint
+from chargpt import checkpoint, cli
 from chargpt.config import AttentionType, differences, from_plain
-from chargpt.resume import read_config
+from chargpt.records import read_config
 
 DEBUG = ["experiment=debug", "mode=disabled"]
-SHARED = {"JAX_NUM_CPU_DEVICES": "2"}  # each batch shared by two: slower to compile
 LONG = [*DEBUG, "trainer.num_steps=100000", "trainer.log_every=20", "trainer.eval_every=40", "trainer.checkpoint_every=20"]
 
 
@@ -93,10 +93,10 @@ def test_a_run_leaves_what_the_design_promises(finished: tuple[Path, str]) -> No
 
 
 def test_config_yaml_is_the_resolved_configuration(finished: tuple[Path, str]) -> None:
-    config = read_config(finished[0] / "config.yaml")
-    assert config.model.dropout == 0.1 and config.trainer.num_steps == 20 and config.wandb.name == "standard"
+    settings = read_config(finished[0] / "config.yaml")
+    assert settings.model.dropout == 0.1 and settings.trainer.num_steps == 20 and settings.wandb.name == "standard"
     header = checkpoint.load(finished[0] / "checkpoints" / "best.eqx")[1]
-    assert header.config == config and header.step == json.loads((finished[0] / "summary.json").read_text())["best/step"]
+    assert header.config == settings and header.step == json.loads((finished[0] / "summary.json").read_text())["best/step"]
 
 
 def test_what_a_person_reads(finished: tuple[Path, str]) -> None:
@@ -120,20 +120,11 @@ def test_all_six_types_train_in_one_sweep(tmp_path: Path) -> None:
     ]
 
 
-BAD_INPUT = {
+BAD_INPUT = {  # a rule of each kind; test_config.py has them all
     "model.mha_typ=mla": "did you mean model.mha_type?",
-    "trainer.nm_steps=3": "did you mean trainer.num_steps?",
     "model.mha_type=selctive": "did you mean selective?",
-    "model.d_model=wide": "model.d_model",
-    "model.num_heads=3": "does not divide model.d_model=32",
-    "model.mha_type=gqa model.num_heads=4 model.num_kv_heads=3": "does not divide model.num_heads=4",
-    "model.head_dim=5": "RoPE turns pairs",
     "model.mha_type=selective model.qk_norm=true": "write model.qk_norm=false",
-    "model.num_layers=0": "must be at least 1",
-    "trainer.batch_size=-4": "must be at least 1",
-    "optimizer.learning_rate=nan": "must be a finite number",
     "experiment=debgu": "debug",
-    "dataset.name=file": "write dataset.filepath=PATH",
     "dataset.name=file dataset.filepath=/nowhere/text": "there is no such file",
     "dataset.seq_len=100000": "the validation split has only 92552 characters",
     "hydra.run.dir=/dev/null/run": "cannot be written",
@@ -144,7 +135,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("arguments", BAD_INPUT)
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments: str, tmp_path: Path) -> None:
     directory = [] if "hydra.run.dir" in arguments else [f"hydra.run.dir={tmp_path / 'run'}"]
-    out, err = run(*DEBUG[: 1 if "experiment" not in arguments else 0], *arguments.split(), *directory, code=2)
+    line = [*DEBUG[: 1 if "experiment" not in arguments else 0], *arguments.split(), *directory]
+    out, err = run(*line, code=2)
     assert BAD_INPUT[arguments] in err, err
     assert err.startswith("error: ") and err.count("\n") == 1 and "compiled" not in out
 
@@ -172,12 +164,12 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpo
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupts: Muon and Adam, an average, epochs, dropout, in bfloat16."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    run(*INTERRUPTED, f"hydra.run.dir={run_dir}", **SHARED)
+    run(*INTERRUPTED, f"hydra.run.dir={run_dir}")
     return run_dir
 
 
-INTERRUPTED = [*DEBUG, "model.dropout=0.1", "trainer.precision=bfloat16", "trainer.num_steps=240", "trainer.log_every=10"]
-INTERRUPTED += ["trainer.eval_every=40", "trainer.checkpoint_every=20", "model.mha_type=mla"]
+INTERRUPTED = [*DEBUG, "model.dropout=0.1", "trainer.precision=bfloat16", "trainer.num_steps=160", "trainer.log_every=10"]
+INTERRUPTED += ["trainer.eval_every=40", "trainer.checkpoint_every=20", "model.mha_type=mqa"]
 INTERRUPTED += ["optimizer.name=muon", "optimizer.ema_decay=0.98", "dataset.sampling=epochs"]
 
 
@@ -195,15 +187,15 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 
 def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(tmp_path: Path, reference: Path) -> None:
     run_dir = tmp_path / "run"
-    for arguments, step in (([*INTERRUPTED, f"hydra.run.dir={run_dir}"], 50), ([f"resume={run_dir}"], 130)):
-        process = start(*arguments, **SHARED)
+    for arguments, step in (([*INTERRUPTED, f"hydra.run.dir={run_dir}"], 50), ([f"resume={run_dir}"], 100)):
+        process = start(*arguments)
         wait_for_step(process, run_dir, step)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    out, _ = run(f"resume={run_dir}", **SHARED)
+    out, _ = run(f"resume={run_dir}")
     assert "resuming" in out
     assert_same_run(run_dir, reference)
-    out, _ = run(f"resume={run_dir}", **SHARED)
+    out, _ = run(f"resume={run_dir}")
     assert "already complete" in out
 
 
@@ -220,47 +212,56 @@ def test_a_signal_saves_summarises_and_exits_with_its_code(number: signal.Signal
     assert (run_dir / "curves.png").is_file() and f"python main.py resume={run_dir}" in out
 
 
-def test_a_resumed_run_takes_a_longer_num_steps_and_refuses_another_model(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run(*DEBUG, f"hydra.run.dir={run_dir}")
+def test_a_resumed_run_takes_a_longer_num_steps_and_refuses_another_model(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
     _, err = run(f"resume={run_dir}", "model.d_model=64", code=2)
     assert err == "error: model.d_model: is 32 in that run and cannot become 64; start another run, or leave model.d_model=32\n"
-    out, _ = run(f"resume={run_dir}", "trainer.num_steps=30")
+    out, _ = run(f"resume={run_dir}", "trainer.num_steps=30", "mode=disabled")
     assert "trainer.num_steps: 20 -> 30" in out
     assert [line["trainer/step"] for line in metrics(run_dir)] == [5, 10, 15, 20, 25, 30]
     seconds = [line["trainer/seconds"] for line in metrics(run_dir)]
     assert seconds == sorted(seconds)
 
 
-def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_is_used(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run(*DEBUG, f"hydra.run.dir={run_dir}")
+def test_a_damaged_last_checkpoint_is_said_and_the_one_before_it_is_used(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
     expected = leaves_of(run_dir)
     last = run_dir / "checkpoints" / "last.eqx"
     last.write_bytes(last.read_bytes()[:-1000])
-    out, _ = run(f"resume={run_dir}")
+    out, _ = run(f"resume={run_dir}", "mode=disabled")
     assert "is damaged or incomplete" in out and "at step 10" in out
     assert leaves_of(run_dir) == expected
 
 
-def test_chargpt_sample_writes_the_text_alone_to_standard_output(finished: tuple[Path, str]) -> None:
+def tool(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> tuple[str, str]:
+    """(standard output, standard error) of `chargpt …`, run in this process."""
+    assert cli.run_tool([*map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_chargpt_sample_writes_the_text_alone_to_standard_output(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["sample", f"run={finished[0]}", "prompt=HAMLET:", "num_chars=100", "seed=3"]
     out, err = run(*arguments, module=True)
     assert out.startswith("HAMLET:") and len(out) == len("HAMLET:") + 100 + 1
     assert "KV cache 16,384 bytes per sample" in err
-    assert run(*arguments, module=True)[0] == out
-    greedy = [run(*arguments, "temperature=0", f"seed={seed}", module=True)[0] for seed in (1, 2)]
+    assert tool(capsys, *arguments)[0] == out
+    greedy = [tool(capsys, *arguments, "temperature=0", f"seed={seed}")[0] for seed in (1, 2)]
     assert greedy[0] == greedy[1] != out
 
 
-def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(finished: tuple[Path, str], tmp_path: Path) -> None:
-    out, _ = run("evaluate", f"run={finished[0]}", module=True)
-    config = read_config(finished[0] / "config.yaml")
-    assert differences(config)["trainer.eval_tokens"] == 2048  # the run looked at a part; the tool looks at all
+def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = tool(capsys, "evaluate", f"run={finished[0]}")
+    settings = read_config(finished[0] / "config.yaml")
+    assert differences(settings)["trainer.eval_tokens"] == 2048  # the run looked at a part; the tool looks at all
     loss = float(out.split()[1])
     assert abs(loss - json.loads((finished[0] / "summary.json").read_text())["best/val_loss"]) < 0.05
     (tmp_path / "text").write_text("To be, or not to be: 12345 = that is the question.\n" * 5)
-    out, err = run("evaluate", f"run={finished[0]}", "dataset.name=file", f"dataset.filepath={tmp_path / 'text'}", module=True)
+    out, err = tool(capsys, "evaluate", f"run={finished[0]}", "dataset.name=file", f"dataset.filepath={tmp_path / 'text'}")
     assert "30 characters ('1' x 5" in err and "'=' x 5" in err
     assert np.isfinite(float(out.split()[1]))
 
@@ -280,13 +281,16 @@ def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(finished
         ("sample", "there is none in outputs/ or multirun/"),
     ],
 )
-def test_bad_input_to_a_tool_is_one_clear_line(arguments: str, message: str, tmp_path: Path) -> None:
-    out, err = run(*arguments.split(), module=True, cwd=tmp_path, code=2)
+def test_bad_input_to_a_tool_is_one_clear_line(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, err = tool(capsys, *arguments.split(), code=2)
     assert message in err and err.count("\n") == 1 and out == ""
 
 
-def test_an_unknown_character_in_the_prompt_is_named(finished: tuple[Path, str]) -> None:
-    _, err = run("sample", f"run={finished[0]}", "prompt=A=B", module=True, code=2)
+def test_an_unknown_character_in_the_prompt_is_named(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = tool(capsys, "sample", f"run={finished[0]}", "prompt=A=B", code=2)
     assert err.startswith("error: prompt: not in the vocabulary: '='")
 
 

@@ -26,7 +26,8 @@ from chargpt.config import AttentionType, Config, ConfigError, Mode, flatten, to
 from chargpt.corpus import load_corpus
 from chargpt.machine import package_versions
 from chargpt.process import StopSignal, lock
-from chargpt.resume import check_corpus, cut_records, load_newest, read_config, record_sizes, restore, with_overrides
+from chargpt.records import read_config
+from chargpt.resume import check_corpus, cut_records, load_newest, record_sizes, restore, with_overrides
 from chargpt.run import resume, train
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20

@@ -516,7 +516,7 @@ def test_an_offline_run_says_nothing_and_can_be_read_back(offline: tuple[Path, d
     for record in records:
         summary |= record["summary"]["update"] if record["type"] == "summary" else {}
     assert summary["best/val_loss"] == 0.9 and summary["val/loss"] == LINES[-1]["val/loss"]
-    assert records[-1]["exit"] == {"exit_code": 0}
+    assert records[-1]["exit"]["exit_code"] == 0
 
 
 def test_an_offline_run_can_be_uploaded_later(offline: tuple[Path, dict[str, Any]], server: FakeServer) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from chargpt import checkpoint, weights
 from chargpt.cli import BAD_INPUT, run_tool
 from chargpt.config import AttentionType, Config
-from chargpt.resume import read_config
+from chargpt.records import read_config
 from chargpt.train import TrainState, init_state
 
 VOCABULARY = "\n abcdé😀"

@@ -1,6 +1,7 @@
 """From the command line to a typed call, and from an error to one clear line."""
 
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from chargpt.config import ConfigError, did_you_mean, option_names
 
 Options = TypeVar("Options")
 
+PATHS = "paths"  # the field that takes arguments without a name
 BAD_INPUT = 2  # the exit code of input that a person can mend
 
 
@@ -93,27 +95,36 @@ def explain(error: Exception) -> str:
     return " ".join(f"{text} {cause if cause not in text else ''}".split())
 
 
+# Every tool: its module, which is imported when it is wanted, its options, its function.
+TOOLS = {
+    "sample": ("tools", "SampleOptions", "sample"),
+    "evaluate": ("tools", "EvaluateOptions", "evaluate_run"),
+    "compare": ("compare", "CompareOptions", "compare"),
+    "export": ("weights", "ExportOptions", "export_weights"),
+    "import": ("weights", "ImportOptions", "import_weights"),
+}
+
+
+def load_tool(name: str) -> tuple[type, Callable[[Any], None]]:
+    module, options, function = TOOLS[name]
+    loaded = importlib.import_module(f"chargpt.{module}")
+    return getattr(loaded, options), getattr(loaded, function)
+
+
 def run_tool(arguments: list[str]) -> int:
     """Run `chargpt TOOL key=value …`; the exit code."""
-    from chargpt import tools, weights
-
-    known = {
-        "sample": (tools.SampleOptions, tools.sample),
-        "evaluate": (tools.EvaluateOptions, tools.evaluate_run),
-        "export": (weights.ExportOptions, weights.export_weights),
-        "import": (weights.ImportOptions, weights.import_weights),
-    }
     if not arguments or arguments[0] in ("help", "-h", "--help"):
         print("chargpt TOOL key=value …\n")
-        for name, (options, _) in known.items():
+        for name in TOOLS:
+            options, _ = load_tool(name)
             print(f"{name:<10} {options.__doc__}\n           {' '.join(option_defaults(options))}")
         return 0
-    name, *pairs = arguments
+    name, *rest = arguments
     try:
-        if name not in known:
-            raise ConfigError(f"{name}: there is no such tool{did_you_mean(name, known)}; `chargpt` alone lists them")
-        options, function = known[name]
-        function(parse_options(options, pairs))
+        if name not in TOOLS:
+            raise ConfigError(f"{name}: there is no such tool{did_you_mean(name, TOOLS)}; `chargpt` alone lists them")
+        options, function = load_tool(name)
+        function(parse_options(options, rest))
     except (ConfigError, RunFailed) as error:
         return fail(error)
     except BrokenPipeError:  # the reader of standard output has had enough, as in `chargpt sample | head`
@@ -131,21 +142,33 @@ def spelling(field: dataclasses.Field) -> str:
 def option_defaults(schema: type) -> list[str]:
     """Every option of a tool with its default, as one would type it."""
     show = lambda value: "null" if value is None else value.name if isinstance(value, Enum) else repr(value)  # noqa: E731
-    return [f"{spelling(field)}={show(field.default)}" for field in dataclasses.fields(schema)]
+    fields = dataclasses.fields(schema)
+    return ["RUN …"] * takes_paths(schema) + [
+        f"{spelling(field)}={show(field.default)}" for field in fields if field.name != PATHS
+    ]
 
 
-def parse_options(schema: type[Options], pairs: list[str]) -> Options:
-    """`key=value` arguments as an instance of the dataclass `schema`; values are read by the field's type alone."""
-    fields = {spelling(field): field for field in dataclasses.fields(schema)}
+def takes_paths(schema: type) -> bool:
+    """Whether a tool takes paths beside its options: its dataclass has a field of that name."""
+    return any(field.name == PATHS for field in dataclasses.fields(schema))
+
+
+def parse_options(schema: type[Options], arguments: list[str]) -> Options:
+    """Arguments as an instance of the dataclass `schema`: `key=value` read by the field's type alone, and paths if it has any."""
+    fields = {spelling(field): field for field in dataclasses.fields(schema) if field.name != PATHS}
     values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
+    paths = []
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if takes_paths(schema) and name not in fields and (not equals or "/" in name or os.path.exists(argument)):
+            paths.append(argument)  # a run's name may hold an equals sign
+            continue
         if name not in fields:
             raise ConfigError(f"{name}: there is no such option{did_you_mean(name, fields)} (write {' '.join(fields)})")
         if not equals:
             raise ConfigError(f"{name}: has no value; write {name}=…")
         values[fields[name].name] = parse_value(name, text, fields[name].type)
-    return schema(**values)
+    return schema(**values | ({PATHS: tuple(paths)} if takes_paths(schema) else {}))
 
 
 def parse_value(name: str, text: str, annotation: Any) -> Any:

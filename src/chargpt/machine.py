@@ -32,3 +32,10 @@ def measure_peak_flops(dtype: Any) -> float:
         product(matrix, matrix).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2.0 * side**3 / best
+
+
+def memory_bytes(compiled: Any) -> int:
+    """Bytes that a compiled Equinox function needs on each device, as XLA allots them: arguments, results, temporaries."""
+    memory = compiled.compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes

@@ -5,21 +5,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from chargpt import checkpoint
-from chargpt.config import Config, ConfigError, Schedule, flatten, from_plain, parse, to_plain
+from chargpt.config import Config, ConfigError, Schedule, flatten, parse, to_plain
 from chargpt.corpus import Corpus
 from chargpt.machine import package_versions
 from chargpt.parallel import choose_devices
+from chargpt.records import read_config
 from chargpt.train import TrainState
 
 RECORDS = ("metrics.jsonl", "samples.txt")
 CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest whole one is taken
-MAX_CONFIG_BYTES = 1 << 15
-MAX_CONFIG_DEPTH = 8
 # What would make it another run: the model, the text, the randomness, the state of the optimizer.
 FIXED = (
     "model.",
@@ -68,31 +66,6 @@ def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, 
     if paths:
         raise ConfigError(f"resume={run_dir}: no checkpoint there is whole; train anew with another hydra.run.dir=DIR")
     return None
-
-
-def read_config(path: Path) -> Config:
-    """A run's config.yaml as data under our schema: no interpolation is resolved, no alias expanded, no object made."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: is too large for a configuration")
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{path}: holds YAML aliases, which a saved configuration has none of")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_CONFIG_DEPTH:
-                raise ConfigError(f"{path}: is nested deeper than a saved configuration")
-        plain = yaml.safe_load(text)
-        if not isinstance(plain, dict):
-            raise ConfigError(f"{path}: is no saved configuration")
-        return from_plain(plain)
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: is no run directory (it has no config.yaml)") from None
-    except ConfigError:
-        raise
-    except Exception as error:  # YAML's constructors and OmegaConf raise what they please
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def with_overrides(old: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, Any]]]:

@@ -24,7 +24,7 @@ from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from chargpt.generate import generate
-from chargpt.machine import device_name, measure_peak_flops, package_versions
+from chargpt.machine import device_name, measure_peak_flops, memory_bytes, package_versions
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.process import StopSignal, lock
 from chargpt.report import draw_curves
@@ -107,7 +107,9 @@ class Run:
         self.best_step: int | None = None
         self.state: TrainState
         if restored is None:
-            self.state = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)))()
+            compile_quickly = {"xla_backend_optimization_level": 0}  # it runs once: optimised, it takes longer to get
+            init = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)), compiler_options=compile_quickly)
+            self.state = init()
         else:
             self.state, header = restored
             self.step, self.seconds_before = header.step, header.seconds
@@ -116,6 +118,7 @@ class Run:
         self.final_val_loss: float | None = None
         self.unsaved: str | None = None  # why the newest checkpoint is not on disk
         self.sample = ""
+        self.decode_speed: float | None = None  # tokens per second of the sampler
         self.trained_tokens, self.trained_seconds = 0, 0.0
         self.last_fetch = 0.0
 
@@ -203,6 +206,7 @@ class Run:
             self.step += length
         self.step = here
         self.compile_seconds = time.perf_counter() - begin
+        self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
         self.console.say(f"compiled the training step in {self.compile_seconds:.1f} s\n")
 
     def _fetch(self, chunk: Chunk) -> dict[str, int | float]:
@@ -300,6 +304,10 @@ class Run:
 
     def finish(self, exit_code: int) -> None:
         """Write the summary and the figure, hand over to W&B, show the end."""
+        if self.sample and exit_code == 0:
+            begin = time.perf_counter()
+            self._sample()  # a second time: everything is compiled now
+            self.decode_speed = self.config.trainer.sample_chars / (time.perf_counter() - begin)
         self._write_summary()
         title = f"{self.config.wandb.name}: {sum(self.parameters.values()):,} parameters, {self.config.dataset.name.name}"
         draw_curves(read_metrics(self.run_dir / "metrics.jsonl"), self.corpus.baselines, title, self.run_dir / "curves.png")
@@ -314,6 +322,8 @@ class Run:
             "final/val_loss": self.final_val_loss,
             "final/step": self.step,
             "tokens_per_second": speed,
+            "decode_tokens_per_second": self.decode_speed,
+            "peak_memory_bytes": self.memory_bytes,
             "compile_seconds": self.compile_seconds,
             "train_seconds": self._seconds(),
             **self._derived(),
@@ -325,6 +335,7 @@ class Run:
             "mha_type": self.config.model.mha_type.name,
             "num_params": sum(self.parameters.values()),
             "kv_cache_bytes_per_token": self.cache_bytes,
+            "flops_per_token": self.flops_per_token,
             "device": device_name(),
             "num_devices": len(self.devices),
             "dataset": self.config.dataset.name.name,

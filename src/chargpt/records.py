@@ -1,0 +1,203 @@
+"""What runs leave behind: run directories found and read back, and grouped into arms that differ in their seed alone."""
+
+import dataclasses
+import glob
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chargpt.config import Config, ConfigError, flatten, from_plain, require, to_plain
+from chargpt.tracking import read_metrics
+
+MAX_CONFIG_BYTES = 1 << 15
+MAX_CONFIG_DEPTH = 8
+# Settings that change neither what is learnt nor how fast: runs that differ in these alone are runs of one arm.
+INCIDENTAL = (
+    "seed",
+    "mode",
+    "resume",
+    "wandb.",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.sample_chars",
+    "trainer.max_skipped_steps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One run directory, read."""
+
+    path: Path
+    config: Config
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    sample: str  # the newest text that it sampled
+
+    def number(self, name: str) -> float | None:
+        """A number of summary.json; None where there is none, or none that is finite."""
+        value = self.summary.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return value if is_number else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end, and to a loss."""
+        reached = self.number("final/step") or 0
+        return reached >= self.config.trainer.num_steps and self.number("best/val_loss") is not None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that have a validation loss."""
+        return [line for line in self.metrics if line.get("val/loss") is not None]
+
+    def settings(self) -> dict[str, Any]:
+        """All that may set a run apart, by dotted name."""
+        flat = {name: value for name, value in flatten(to_plain(self.config)).items() if not name.startswith(INCIDENTAL)}
+        return flat | {"corpus_sha256": self.summary.get("corpus_sha256")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Mean and spread (sample standard deviation; None for a single value) of some runs."""
+
+    mean: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Estimate | None":
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone, one for each seed."""
+
+    name: str  # the settings that set it apart from the other arms
+    runs: dict[int, Record]
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Of a number of summary.json, over the seeds."""
+        return Estimate.of(run.number(name) for run in self.runs.values())
+
+    def difference(self, other: "Arm") -> dict[int, float]:
+        """Best validation loss minus that of `other`, seed by seed where both have the seed: what the seed does cancels."""
+        common = [seed for seed in self.runs if seed in other.runs]
+        losses = [(self.runs[seed].number("best/val_loss"), other.runs[seed].number("best/val_loss")) for seed in common]
+        return {seed: mine - its for seed, (mine, its) in zip(common, losses, strict=True)}
+
+
+def find_runs(places: Sequence[str]) -> list[Path]:
+    """The run directories in `places`: folders, files inside of a run, or globs; ConfigError where one holds none."""
+    found: dict[Path, None] = {}
+    for place in places:
+        matches = [Path(match) for match in sorted(glob.glob(place, recursive=True), key=natural)] or [Path(place)]
+        here = [run for match in matches for run in runs_under(match)]
+        require(bool(here), f"{place}: holds no run (a folder with config.yaml and metrics.jsonl); train one with main.py")
+        found |= dict.fromkeys(here)
+    return list(found)
+
+
+def runs_under(place: Path) -> list[Path]:
+    """The run directories at, around (of a file) or below a path, in the order that a person counts: 2_b before 10_a."""
+    if place.is_file():
+        place = place.parent
+    folders = [path.parent for path in place.rglob("metrics.jsonl") if (path.parent / "config.yaml").is_file()]
+    return sorted(folders, key=lambda folder: natural(str(folder)))
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key under which numbers inside of names count as numbers."""
+    digits = "".join(character if character.isdigit() and character.isascii() else " " for character in text)
+    key, rest = [], text
+    for number in digits.split():
+        before, _, rest = rest.partition(number)
+        key += [(-1, before), (int(number), "")]
+    return [*key, (-1, rest)]
+
+
+def read_run(path: Path) -> Record:
+    """A run directory; ConfigError where a file of it is not what a run writes."""
+    config = read_config(path / "config.yaml")
+    try:
+        summary_path = path / "summary.json"
+        summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.is_file() else {}
+        metrics = read_metrics(path / "metrics.jsonl")
+        require(isinstance(summary, dict) and all(isinstance(line, dict) for line in metrics), "it holds no tables")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: its records cannot be read ({error})") from None
+    samples_path = path / "samples.txt"
+    samples = samples_path.read_text(encoding="utf-8", errors="replace") if samples_path.is_file() else ""
+    _, _, newest = samples.rpartition("=== step ")
+    return Record(path, config, summary, metrics, newest.partition("\n")[2].strip())
+
+
+def read_config(path: Path) -> Config:
+    """A run's config.yaml as data under our schema: no interpolation is resolved, no alias expanded, no object made."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: is too large for a configuration")
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{path}: holds YAML aliases, which a saved configuration has none of")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CONFIG_DEPTH:
+                raise ConfigError(f"{path}: is nested deeper than a saved configuration")
+        plain = yaml.safe_load(text)
+        if not isinstance(plain, dict):
+            raise ConfigError(f"{path}: is no saved configuration")
+        return from_plain(plain)
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent}: is no run directory (it has no config.yaml)") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # YAML's constructors and OmegaConf raise what they please
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def group(records: Sequence[Record]) -> tuple[list[Arm], list[str]]:
+    """(arms of the finished runs, in the order given; what was left out and why, a line each)."""
+    remarks, groups = [], {}
+    for record in records:
+        if not record.finished:
+            step = int(record.number("final/step") or max((line["trainer/step"] for line in record.metrics), default=0))
+            remarks.append(f"left out, not finished: {record.path} (step {step} of {record.config.trainer.num_steps})")
+            continue
+        runs = groups.setdefault(json.dumps(record.settings(), sort_keys=True), {})
+        if record.config.seed in runs:
+            remarks.append(f"left out, a repetition of the same seed: {runs[record.config.seed].path}")
+        runs[record.config.seed] = record
+    settings = [next(iter(runs.values())).settings() for runs in groups.values()]
+    names = name_arms(settings)
+    return [Arm(name, runs) for name, runs in zip(names, groups.values(), strict=True)], remarks
+
+
+def name_arms(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """What sets each of several configurations apart, as short as it can be said: `mqa`, `mqa match=params`."""
+    if not settings:
+        return []
+    differing = [name for name in settings[0] if len({str(one[name]) for one in settings}) > 1]
+    last_parts = [name.rpartition(".")[2] for name in differing]
+    short = {name: last if last_parts.count(last) == 1 else name for name, last in zip(differing, last_parts, strict=True)}
+
+    def describe(one: dict[str, Any]) -> str:
+        kind = [one["model.mha_type"]] if "model.mha_type" in differing or not differing else []
+        others = [f"{short[name]}={say(one[name])}" for name in differing if name != "model.mha_type"]
+        return " ".join(kind + others)
+
+    return [describe(one) for one in settings]
+
+
+def say(value: Any) -> str:
+    """A value as the command line spells it, long hashes cut."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)[:24]
