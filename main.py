@@ -8,7 +8,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from chargpt import cli, config
+from chargpt import cli, config, sweep
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="default")
@@ -23,11 +23,13 @@ def run(composed: DictConfig) -> float:
 
         return resume(cli.run_directory(), cli.task_overrides())
     settings = config.parse(composed)
-    from chargpt.run import train  # JAX and all that follow: a typo was answered before them
+    from chargpt.run import resume, train  # JAX and all that follow: a typo was answered before them
 
+    if cli.in_sweep():
+        return sweep.run_job(settings, cli.run_directory(), train, resume)
     return train(settings, cli.run_directory())
 
 
 if __name__ == "__main__":
     config.register()
-    sys.exit(cli.report_errors(main))
+    sys.exit(cli.report_errors(main, sweep.report))

@@ -45,24 +45,37 @@ def fail(error: Exception) -> int:
     return 1 if isinstance(error, RunFailed) else BAD_INPUT
 
 
+def in_sweep() -> bool:
+    """Whether the current run is a job of a sweep."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 def single_run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function`; where it fails in a run of its own, end the program with one line.
 
-    In a sweep the error is raised instead, so that the other jobs run.
+    In a sweep the error is raised instead: what is wrong with one job's configuration is so before any job has run.
     """
     try:
         return function(*arguments)
     except (ConfigError, RunFailed) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if in_sweep():
             raise
         sys.exit(fail(error))
 
 
-def report_errors(main: Callable[[], Any]) -> int:
-    """Run a Hydra main; the exit code. Expected errors become one line, unexpected ones keep their traceback."""
+def report_errors(main: Callable[[], Any], report: Callable[[], int]) -> int:
+    """Run a Hydra main, then what a sweep has to report; the exit code.
+
+    Expected errors become one line, unexpected ones keep their traceback.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # a signal that a job obeyed ends the sweep
+            report()
+            raise
+        return report()
     except (ConfigError, RunFailed, HydraException, OmegaConfBaseException) as error:
         return fail(error)
     except KeyboardInterrupt:  # a second Ctrl-C
@@ -71,7 +84,6 @@ def report_errors(main: Callable[[], Any]) -> int:
         if error.filename is None:
             raise
         return fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
-    return 0
 
 
 def explain(error: Exception) -> str:
@@ -100,6 +112,8 @@ TOOLS = {
     "sample": ("tools", "SampleOptions", "sample"),
     "evaluate": ("tools", "EvaluateOptions", "evaluate_run"),
     "compare": ("compare", "CompareOptions", "compare"),
+    "inspect": ("inspection", "InspectOptions", "inspect"),
+    "dashboard": ("dashboard", "DashboardOptions", "dashboard"),
     "export": ("weights", "ExportOptions", "export_weights"),
     "import": ("weights", "ImportOptions", "import_weights"),
 }
@@ -154,7 +168,7 @@ def takes_paths(schema: type) -> bool:
 
 
 def parse_options(schema: type[Options], arguments: list[str]) -> Options:
-    """Arguments as an instance of the dataclass `schema`: `key=value` read by the field's type alone, and paths if it has any."""
+    """Arguments as an instance of `schema`: `key=value` by the field's type alone, and paths where it takes any."""
     fields = {spelling(field): field for field in dataclasses.fields(schema) if field.name != PATHS}
     values: dict[str, Any] = {}
     paths = []

@@ -39,11 +39,11 @@ class Comparison:
     remarks: list[str]
 
 
-def compare(options: CompareOptions) -> None:
-    """Print the table; write the page, the Markdown, the CSV and the figure beside each other."""
+def compare(options: CompareOptions, ranked: bool = False) -> None:
+    """Print the table; write the page, the Markdown, the CSV and the figure beside each other. `ranked`: best arms first."""
     result = read_comparison(options.paths)
     out = Path(options.out) if options.out else default_place(options.paths)
-    show(result, Console(highlight=False))
+    show(result, Console(highlight=False), ranked)
     for path in write(result, out, options.title):
         print(path)
 
@@ -90,14 +90,14 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
 
 def plus_minus(estimate: Estimate | None, digits: str) -> str:
     if estimate is None:
-        return "–"
+        return "-"
     return f"{estimate.mean:{digits}}" + ("" if estimate.spread is None else f" ± {estimate.spread:{digits.lstrip('+')}}")
 
 
 def short(value: float | None, unit: str = "") -> str:
     """A number of three digits with its metric prefix: 808k, 1.02M, 62.3MB."""
     if value is None:
-        return "–"
+        return "-"
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{prefix}{unit}"
@@ -135,10 +135,10 @@ COLUMNS: dict[str, Callable[[Arm, Arm], Cell]] = {
     "time": number_cell("train_seconds", "s"),
 }
 EXPLANATION = (
-    "Best loss over the whole validation split, in nats per character: mean ± sample standard deviation over seeds. 'minus first' "
-    "is the difference to the first arm, taken seed by seed. Cache: bytes that a token leaves in the KV cache. Speeds: tokens per "
-    "second of the training loop, and of sampling one text. Memory: what XLA allots to the compiled training step on each "
-    "device. Time: wall time of a run, compilation and evaluation included."
+    "Best loss over the whole validation split, in nats per character: mean ± sample standard deviation over seeds. "
+    "'Minus first' is the difference to the first arm, taken seed by seed. Cache: bytes that a token leaves in the KV cache. "
+    "Speeds: tokens per second of the training loop, and of sampling one text. Memory: what XLA allots to the compiled "
+    "training step on each device. Time: wall time of a run, compilation and evaluation included."
 )
 
 
@@ -151,15 +151,25 @@ def best_arm(arms: Sequence[Arm]) -> int:
     return losses.index(min(losses))  # every run of an arm is finished, hence has one
 
 
-def show(result: Comparison, console: Console) -> None:
-    """The table in the terminal, the best arm in bold, and the remarks."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def show(result: Comparison, console: Console, ranked: bool = False) -> None:
+    """The table in the terminal, the best arm in bold, and the remarks; ranked, also where the best run is."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold", no_wrap=0 < number)
-    for number, row in enumerate(rows(result.arms)):
-        style = "bold" if number == best_arm(result.arms) and len(result.arms) > 1 else None
-        table.add_row(*[Text(text) for text, _ in row], style=style)
+        table.add_column(
+            name.replace(" ", "\n", 1), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number > 0
+        )
+    best = best_arm(result.arms)
+    order = range(len(result.arms))
+    if ranked:
+        order = sorted(order, key=lambda number: mean_of(result.arms[number], "best/val_loss"))
+    lines = rows(result.arms)
+    for number in order:
+        style = "bold" if number == best and len(result.arms) > 1 else None
+        table.add_row(*[Text(text) for text, _ in lines[number]], style=style)
     console.print(table)
+    if ranked:
+        run = min(result.arms[best].runs.values(), key=lambda run: run.number("best/val_loss"))
+        console.print(Text(f"best run of the best: {run.path}"), soft_wrap=True)
     for remark in result.remarks:
         console.print(Text(f"note: {remark}"), soft_wrap=True)
 

@@ -6,6 +6,7 @@ that bad input is answered in one line before JAX is even imported. From `parse`
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 MAX_SEQ_LEN = 1 << 20  # attention scores of more characters fit in no memory; a stranger's checkpoint may claim anything
@@ -349,6 +352,9 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_group", run_group, replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
     OmegaConf.register_new_resolver("hydra_files", lambda resume: ".hydra" if resume is None else None, replace=True)
 
 
@@ -358,6 +364,29 @@ def run_dir(resume: str | None, fresh: str) -> str:
         return fresh
     require((Path(resume) / "config.yaml").is_file(), f"resume={resume}: is no run directory (it has no config.yaml)")
     return resume
+
+
+UNTOLD = re.compile(r"[+~]|(mode|resume|experiment|model\.mha_type)=|wandb\.|dataset\.file")  # not in a run's name
+
+
+def run_name(base: Any) -> str:
+    """What sets a run apart: `base`, and the settings that were typed for it, each by its last part."""
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in typed if not UNTOLD.match(setting))])
+
+
+def run_group(name: str) -> str:
+    """What runs are shown together: those of one sweep, or of one name but for their seeds."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir).name
+    return re.sub(r" seed=\d+", "", name)
+
+
+def sweep_dir(overrides: Iterable[str]) -> str:
+    """Where a sweep lives: it follows from what was typed, so that the same command goes on with it."""
+    typed = " ".join(overrides)
+    short = re.sub(r"\b(experiment=|model\.|trainer\.|optimizer\.|dataset\.)", "", typed)
+    return f"multirun/{slug(short)[:48]}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
 
 
 def slug(name: str) -> str:

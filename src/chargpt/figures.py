@@ -67,7 +67,7 @@ def new_figure(theme: Theme, width: float, height: float, rows: int = 1, columns
         axis.set_axisbelow(True)
         axis.tick_params(colors=theme.ink, labelsize=9, length=0)
         axis.spines[:].set_visible(False)
-        for label in (axis.xaxis.label, axis.yaxis.label, axis.title):
+        for label in (axis.xaxis.label, axis.yaxis.label):
             label.set_color(theme.ink)
             label.set_fontsize(10)
     return figure, axes
@@ -125,7 +125,7 @@ def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
                 cost.mean, loss.mean, xerr=cost.spread, yerr=loss.spread, fmt=marker(number), markersize=8,
                 elinewidth=1.2, label=arm.name, **theme.style(number),
             )  # fmt: skip
-        axis.set_title(title, loc="left")
+        axis.set_title(title, loc="left", color=theme.ink, fontsize=10)
         axis.set_xlabel(f"better: {better}", fontsize=8)
         axis.margins(0.15)
         axis.xaxis.set_major_formatter(EngFormatter(unit=unit, sep="" if not unit else "\N{NO-BREAK SPACE}"))

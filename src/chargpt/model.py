@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from chargpt.attention import AbstractAttention, make_attention
+from chargpt.attention.base import record_weights
 from chargpt.config import Activation, AttentionType, Match, ModelConfig, Norm, NormPosition, require
 
 Module = TypeVar("Module", bound=eqx.Module)
@@ -177,6 +178,14 @@ class GPT(eqx.Module):
         # Weights are stacked for the optimizer's sake; the computation, unrolled, is one straight line.
         x, _ = jax.lax.scan(apply_block, x, (arrays, keys), unroll=self.num_layers)
         return self._logits(x)
+
+    def attention_weights(self, tokens: Int[Array, " t"]) -> Float[Array, "layers n t s"]:
+        """How much every head of every layer reads of each token, at every position; each row adds up to one."""
+        with record_weights() as records:
+            x = self._embed(tokens, jnp.arange(tokens.shape[0]))
+            for block in self.layers():
+                x = block(x)
+        return jnp.stack(records)
 
     def layers(self) -> tuple[Block, ...]:
         """The blocks one by one."""

@@ -58,7 +58,8 @@ def drawing(figure: Figure, name: str) -> str:
 
 
 def image(png: bytes, alternative: str) -> str:
-    return f"<figure><img alt='{escape(alternative, quote=True)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></figure>"
+    encoded = base64.b64encode(png).decode()
+    return f"<figure><img alt='{escape(alternative, quote=True)}' src='data:image/png;base64,{encoded}'></figure>"
 
 
 def tabs(name: str, figures: Mapping[str, str]) -> str:

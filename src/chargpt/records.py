@@ -17,16 +17,9 @@ from chargpt.tracking import read_metrics
 MAX_CONFIG_BYTES = 1 << 15
 MAX_CONFIG_DEPTH = 8
 # Settings that change neither what is learnt nor how fast: runs that differ in these alone are runs of one arm.
-INCIDENTAL = (
-    "seed",
-    "mode",
-    "resume",
-    "wandb.",
-    "trainer.log_every",
-    "trainer.checkpoint_every",
-    "trainer.sample_chars",
-    "trainer.max_skipped_steps",
-)
+INCIDENTAL = {"seed", "mode", "resume"} | {f"wandb.{name}" for name in ("project", "entity", "group", "name", "tags")}
+INCIDENTAL |= {f"trainer.{name}" for name in ("log_every", "checkpoint_every", "sample_chars", "max_skipped_steps")}
+MAX_NAME = 40  # characters of an arm's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Record:
 
     def settings(self) -> dict[str, Any]:
         """All that may set a run apart, by dotted name."""
-        flat = {name: value for name, value in flatten(to_plain(self.config)).items() if not name.startswith(INCIDENTAL)}
+        flat = {name: value for name, value in flatten(to_plain(self.config)).items() if name not in INCIDENTAL}
         return flat | {"corpus_sha256": self.summary.get("corpus_sha256")}
 
 
@@ -177,16 +170,17 @@ def group(records: Sequence[Record]) -> tuple[list[Arm], list[str]]:
         if record.config.seed in runs:
             remarks.append(f"left out, a repetition of the same seed: {runs[record.config.seed].path}")
         runs[record.config.seed] = record
-    settings = [next(iter(runs.values())).settings() for runs in groups.values()]
-    names = name_arms(settings)
+    names = name_arms([next(iter(runs.values())) for runs in groups.values()])
     return [Arm(name, runs) for name, runs in zip(names, groups.values(), strict=True)], remarks
 
 
-def name_arms(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """What sets each of several configurations apart, as short as it can be said: `mqa`, `mqa match=params`."""
-    if not settings:
-        return []
-    differing = [name for name in settings[0] if len({str(one[name]) for one in settings}) > 1]
+def name_arms(records: Sequence[Record]) -> list[str]:
+    """What sets each of some runs apart, as short as it can be said: `mqa`, `mqa match=params`.
+
+    Where that is long, the name that the run was given (wandb.name), with a number where two have the same.
+    """
+    settings = [record.settings() for record in records]
+    differing = [name for name in settings[0] if len({str(one[name]) for one in settings}) > 1] if settings else []
     last_parts = [name.rpartition(".")[2] for name in differing]
     short = {name: last if last_parts.count(last) == 1 else name for name, last in zip(differing, last_parts, strict=True)}
 
@@ -195,7 +189,13 @@ def name_arms(settings: Sequence[dict[str, Any]]) -> list[str]:
         others = [f"{short[name]}={say(one[name])}" for name in differing if name != "model.mha_type"]
         return " ".join(kind + others)
 
-    return [describe(one) for one in settings]
+    names = [describe(one) for one in settings]
+    if max(map(len, names), default=0) <= MAX_NAME:
+        return names
+    given = [record.config.wandb.name[:MAX_NAME] for record in records]
+    return [
+        f"{name} ({given[: number + 1].count(name)})" if given.count(name) > 1 else name for number, name in enumerate(given)
+    ]
 
 
 def say(value: Any) -> str:

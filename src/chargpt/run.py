@@ -34,6 +34,7 @@ from chargpt.train import (
     StepMetrics,
     Stream,
     TrainState,
+    attention_entropy,
     cast,
     compute_dtype,
     eval_batch_size,
@@ -44,6 +45,8 @@ from chargpt.train import (
 )
 
 SAMPLE_TEMPERATURE = 0.8
+ENTROPY_WINDOWS = 8  # of the validation split
+RUNS_ONCE = {"xla_backend_optimization_level": 0}  # compiler options of what takes longer to optimise than to run
 
 
 def train(config: Config, run_dir: Path) -> float:
@@ -100,6 +103,7 @@ class Run:
         self.config, self.run_dir, self.corpus, self.console = config, run_dir, corpus, console
         self.dtype = compute_dtype(config.trainer.precision)
         self.devices = choose_devices(config.trainer)
+        self._entropy = eqx.filter_jit(attention_entropy, compiler_options=RUNS_ONCE)
         self.versions = package_versions()
         self.step = 0
         self.seconds_before = 0.0
@@ -107,9 +111,7 @@ class Run:
         self.best_step: int | None = None
         self.state: TrainState
         if restored is None:
-            compile_quickly = {"xla_backend_optimization_level": 0}  # it runs once: optimised, it takes longer to get
-            init = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)), compiler_options=compile_quickly)
-            self.state = init()
+            self.state = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)), compiler_options=RUNS_ONCE)()
         else:
             self.state, header = restored
             self.step, self.seconds_before = header.step, header.seconds
@@ -228,6 +230,7 @@ class Run:
             "trainer/skipped_steps": int(metrics.skipped[-1]),
             "train/loss": float(metrics.loss.mean(dtype=np.float64)),
             "train/grad_norm": float(metrics.grad_norm[-1]),
+            **{f"grad_norm/{name}": float(norms[-1]) for name, norms in metrics.part_norms.items()},
             "optim/learning_rate": float(metrics.learning_rate[-1]),
             "throughput/tokens_per_second": speed,
             "throughput/mfu": speed * self.flops_per_token / self.peak_flops,
@@ -246,6 +249,8 @@ class Run:
         line |= score(self.state.averaged)
         if self.state.ema is not None:
             line["val/raw_loss"] = score(self.state.model)["val/loss"]  # of the weights that are not averaged
+        entropies = self._entropy(self.devices.first(self.state.averaged), self.val_windows.inputs[:ENTROPY_WINDOWS])
+        line |= {f"attention_entropy/layer_{layer}": float(heads.mean()) for layer, heads in enumerate(np.asarray(entropies))}
         self.final_val_loss = line["val/loss"]
         is_best = line["val/loss"] < (math.inf if self.best_val_loss is None else self.best_val_loss)  # NaN never is
         if is_best:

@@ -41,6 +41,7 @@ class TrainState(eqx.Module):
 class StepMetrics(eqx.Module):
     loss: Float[Array, "*steps"]
     grad_norm: Float[Array, "*steps"]
+    part_norms: dict[str, Float[Array, "*steps"]]  # of the gradient, by part of the model
     learning_rate: Float[Array, "*steps"]
     skipped: Int[Array, "*steps"]
     skipped_in_a_row: Int[Array, "*steps"]
@@ -111,7 +112,8 @@ def train_step(
     batch_key, dropout_key = jax.random.split(random_key(config.seed, Stream.step, state.step))
     inputs, targets = draw_batch(tokens, batch_key, state.step, config)
     loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config, devices)
-    grad_norm = optax.tree.norm(grads)
+    part_norms = gradient_norms(grads)
+    grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     optimizer = make_optimizer(config.optimizer, trainer.num_steps)
@@ -137,7 +139,7 @@ def train_step(
     )
     schedule = make_schedule(config.optimizer, trainer.num_steps)
     learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
-    return new_state, StepMetrics(loss, grad_norm, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
+    return new_state, StepMetrics(loss, grad_norm, part_norms, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
 
 
 def draw_batch(
@@ -185,6 +187,31 @@ def accumulate_gradients(
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array)))
     total, _ = jax.lax.scan(add, zeros, (inputs, targets, jax.random.split(key, parts)))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
+    """Euclidean norms of the gradient's parts: embedding, attention and feed-forward of every layer, head."""
+
+    def squares(tree: PyTree, per_layer: bool = False) -> Float[Array, "..."]:
+        leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+        return sum(jnp.sum(jnp.square(leaf), axis=tuple(range(int(per_layer), leaf.ndim))) for leaf in leaves)
+
+    blocks = grads.blocks
+    norms = {"embedding": jnp.sqrt(squares((grads.embedding, grads.position_embedding)))}
+    parts = {
+        "attention": (blocks.attention, blocks.attention_norm),
+        "feed_forward": (blocks.feed_forward, blocks.feed_forward_norm),
+    }
+    for name, part in parts.items():
+        norms |= {f"{name}_{layer}": norm for layer, norm in enumerate(jnp.sqrt(squares(part, per_layer=True)))}
+    last = (grads.final_norm, grads.head)
+    return norms | ({"head": jnp.sqrt(squares(last))} if jax.tree.leaves(eqx.filter(last, eqx.is_inexact_array)) else {})
+
+
+def attention_entropy(model: GPT, inputs: Int[Array, "windows t"]) -> Float[Array, "layers n"]:
+    """Entropy in nats of what each head reads, its mean over all positions: ln of the number of tokens it reads, if evenly."""
+    weights = jax.vmap(model.attention_weights)(inputs).astype(jnp.float32)
+    return jax.scipy.special.entr(weights).sum(axis=-1).mean(axis=(0, 3))
 
 
 def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:

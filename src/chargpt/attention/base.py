@@ -9,6 +9,9 @@ Axes, in every einsum and every annotation of this package:
 """
 
 import abc
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Literal, final
 
 import equinox as eqx
@@ -83,9 +86,45 @@ def merge_heads(heads: Float[Array, "t n width"], weight: Float[Array, "m in"]) 
     return jnp.einsum("ti,mi->tm", heads.reshape(heads.shape[0], -1), weight)
 
 
+_records: contextvars.ContextVar[list[Array] | None] = contextvars.ContextVar("attention weights", default=None)
+
+
+@contextlib.contextmanager
+def record_weights() -> Iterator[list[Array]]:
+    """A list that takes the softmax weights [n, t, s] of every causal attention computed (or traced) inside of the block.
+
+    Fused kernels, which never hold their weights, are not used there.
+    """
+    records: list[Array] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def recording() -> bool:
+    return _records.get() is not None
+
+
+def softmax(scores: Float[Array, "*heads t s"], mask: Bool[Array, "t s"], dtype: Any) -> Float[Array, "*heads t s"]:
+    """Over the keys that `mask` lets a query read, in float32."""
+    weights = jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(dtype)
+    records = _records.get()
+    if records is not None:
+        records.append(weights)
+    return weights
+
+
 def fused_kernel(dtype: Any, width: int) -> bool:
     """Whether the causal case runs as cuDNN's fused attention: an NVIDIA GPU, 16-bit numbers, a head width it takes."""
-    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
+    return (
+        not recording()
+        and jax.default_backend() == "gpu"
+        and jnp.dtype(dtype).itemsize == 2
+        and width % 8 == 0
+        and width <= 128
+    )
 
 
 def dot_product_attention(
@@ -124,13 +163,9 @@ def dot_product_attention(
     return attend(queries * scale, keys, values, bias, mask)
 
 
-def _softmax(scores: Float[Array, "*heads t s"], mask: Bool[Array, "t s"], dtype: Any) -> Float[Array, "*heads t s"]:
-    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf), axis=-1).astype(dtype)
-
-
 def _attend_heads(queries, keys, values, bias, mask) -> Float[Array, "t n v"]:
     scores = jnp.einsum("tnd,snd->nts", queries, keys)
-    weights = _softmax(scores if bias is None else scores + bias, mask, values.dtype)
+    weights = softmax(scores if bias is None else scores + bias, mask, values.dtype)
     return jnp.einsum("nts,snv->tnv", weights, values)
 
 
@@ -138,5 +173,5 @@ def _attend_groups(queries, keys, values, bias, mask) -> Float[Array, "t n v"]:
     """Keys and values stay as few as they are: what a decoded token reads of the cache is read once."""
     grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
     scores = jnp.einsum("tkgd,skd->kgts", grouped, keys)
-    weights = _softmax(scores if bias is None else scores + bias.reshape(scores.shape), mask, values.dtype)
+    weights = softmax(scores if bias is None else scores + bias.reshape(scores.shape), mask, values.dtype)
     return jnp.einsum("kgts,skv->tkgv", weights, values).reshape(*queries.shape[:2], values.shape[-1])

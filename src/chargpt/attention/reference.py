@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask
+from chargpt.attention.base import AbstractAttention, Mask, recording, softmax
 from chargpt.attention.rope import apply_rope
 
 
@@ -39,6 +39,9 @@ class EquinoxAttention(AbstractAttention):
             mask = key_positions[None, :] <= positions[:, None]
 
         def rotate(q, k, v):
-            return apply_rope(q, positions, self.rope_theta), apply_rope(k, key_positions, self.rope_theta), v
+            q, k = apply_rope(q, positions, self.rope_theta), apply_rope(k, key_positions, self.rope_theta)
+            if recording():  # Equinox keeps its weights to itself: the same formula again
+                softmax(jnp.einsum("tnh,snh->nts", q * q.shape[-1] ** -0.5, k), mask, q.dtype)
+            return q, k, v
 
         return self.mha(x, entries, entries, mask=mask, process_heads=rotate)
