@@ -25,7 +25,7 @@ def run(composed: DictConfig) -> float:
     settings = config.parse(composed)
     from chargpt.run import resume, train  # JAX and all that follow: a typo was answered before them
 
-    if cli.in_sweep():
+    if config.in_sweep():
         return sweep.run_job(settings, cli.run_directory(), train, resume)
     return train(settings, cli.run_directory())
 

@@ -108,16 +108,24 @@ def test_what_a_person_reads(finished: tuple[Path, str]) -> None:
     assert max(map(len, out.splitlines())) <= 160
 
 
-def test_all_six_types_train_in_one_sweep(tmp_path: Path) -> None:
+def test_the_comparison_trains_all_six_types_and_ends_with_its_table_and_page(tmp_path: Path) -> None:
     names = [kind.name for kind in AttentionType]
-    run("--multirun", *DEBUG, "trainer.num_steps=10", "trainer.sample_chars=0", f"model.mha_type={','.join(names)}",
-        f"hydra.sweep.dir={tmp_path}")  # fmt: skip
-    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/summary.json"))]
+    sizes = ["model.d_model=32", "model.num_layers=1", "model.num_heads=2", "dataset.seq_len=32", "optimizer.warmup_steps=5"]
+    sizes += ["trainer.num_steps=10", "trainer.batch_size=4", "trainer.sample_chars=0", "trainer.eval_tokens=2048"]
+    folder = tmp_path / "sweep"
+    out, _ = run("experiment=compare", "seed=0", "mode=disabled", *sizes, f"hydra.sweep.dir={folder}")
+    runs = [folder / f"{number}_{name}" for number, name in enumerate(names)]
+    summaries = [json.loads((path / "summary.json").read_text()) for path in runs]
     assert [summary["mha_type"] for summary in summaries] == names
     assert all(2.0 < summary["final/val_loss"] < 4.2 for summary in summaries)
-    assert sorted(path.parent.name for path in tmp_path.glob("*/summary.json")) == [
-        f"{number}_{name}" for number, name in enumerate(names)
-    ]
+    settings = read_config(runs[1] / "config.yaml")
+    assert settings.wandb.name == "selective" and settings.wandb.group == "sweep" and settings.trainer.num_steps == 10
+    table = out[out.rindex("params B/token") :].splitlines()
+    assert [line.split()[0] for line in table[1:7]] != names and {line.split()[0] for line in table[1:7]} == set(names)
+    losses = [float(line.split()[2]) for line in table[1:7]]
+    assert losses == sorted(losses) and losses[0] == pytest.approx(min(s["best/val_loss"] for s in summaries), abs=5e-5)
+    for ending in (".html", ".md", ".csv", ".png"):
+        assert str(folder / f"comparison{ending}") in out and (folder / f"comparison{ending}").stat().st_size > 300
 
 
 BAD_INPUT = {  # a rule of each kind; test_config.py has them all

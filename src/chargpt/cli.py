@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from chargpt.config import ConfigError, did_you_mean, option_names
+from chargpt.config import ConfigError, did_you_mean, in_sweep, option_names
 
 Options = TypeVar("Options")
 
@@ -43,11 +42,6 @@ def fail(error: Exception) -> int:
     """Print what went wrong as one line; the exit code that goes with it."""
     print(f"error: {explain(error)}", file=sys.stderr)
     return 1 if isinstance(error, RunFailed) else BAD_INPUT
-
-
-def in_sweep() -> bool:
-    """Whether the current run is a job of a sweep."""
-    return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def single_run(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -114,6 +108,7 @@ TOOLS = {
     "compare": ("compare", "CompareOptions", "compare"),
     "inspect": ("inspection", "InspectOptions", "inspect"),
     "dashboard": ("dashboard", "DashboardOptions", "dashboard"),
+    "search": ("search", "SearchOptions", "search"),
     "export": ("weights", "ExportOptions", "export_weights"),
     "import": ("weights", "ImportOptions", "import_weights"),
 }

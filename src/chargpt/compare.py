@@ -16,6 +16,7 @@ from chargpt import figures, page
 from chargpt.config import require, to_plain
 from chargpt.records import Arm, Estimate, Record, find_runs, group, read_run
 
+WIDTH = 100  # of the table in characters, at least: on a narrower terminal its lines wrap, and nothing is left out
 Cell = tuple[str, float | str | None]  # as a person reads it, and what it stands for
 
 
@@ -43,7 +44,7 @@ def compare(options: CompareOptions, ranked: bool = False) -> None:
     """Print the table; write the page, the Markdown, the CSV and the figure beside each other. `ranked`: best arms first."""
     result = read_comparison(options.paths)
     out = Path(options.out) if options.out else default_place(options.paths)
-    show(result, Console(highlight=False), ranked)
+    show(result, Console(highlight=False, width=max(Console().width, WIDTH)), ranked)
     for path in write(result, out, options.title):
         print(path)
 
@@ -169,7 +170,7 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
     console.print(table)
     if ranked:
         run = min(result.arms[best].runs.values(), key=lambda run: run.number("best/val_loss"))
-        console.print(Text(f"best run of the best: {run.path}"), soft_wrap=True)
+        console.print(Text(f"best run: {run.path}"), soft_wrap=True)
     for remark in result.remarks:
         console.print(Text(f"note: {remark}"), soft_wrap=True)
 

@@ -370,16 +370,23 @@ UNTOLD = re.compile(r"[+~]|(mode|resume|experiment|model\.mha_type)=|wandb\.|dat
 
 
 def run_name(base: Any) -> str:
-    """What sets a run apart: `base`, and the settings that were typed for it, each by its last part."""
-    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    """What sets a run apart: `base`, and the settings that were typed for it, in a sweep those that its jobs differ in."""
+    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    if in_sweep():
+        with open(Path(HydraConfig.get().sweep.dir) / "multirun.yaml", encoding="utf-8") as file:  # Hydra's, of the whole sweep
+            common = OmegaConf.load(file).hydra.overrides.task
+        typed = [setting for setting in typed if setting not in common]
     return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in typed if not UNTOLD.match(setting))])
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def run_group(name: str) -> str:
     """What runs are shown together: those of one sweep, or of one name but for their seeds."""
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        return Path(HydraConfig.get().sweep.dir).name
-    return re.sub(r" seed=\d+", "", name)
+    return Path(HydraConfig.get().sweep.dir).name if in_sweep() else re.sub(r" seed=\d+", "", name)
 
 
 def sweep_dir(overrides: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -35,18 +36,19 @@ def key(number: int) -> str:
     return f"<span class='key' style='background: var(--arm{number % len(LIGHT)})'></span>"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[tuple[str, float | str | None]]], best: int | None) -> str:
-    """A row for each arm, of cells (text, value to sort by); the first names it, in its colour. `best` is marked."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[tuple[str, Any]]], best: int | None, keys: bool = True) -> str:
+    """A row for each arm, of cells (text, value to sort by); the first names it, with its colour. `best` is marked."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = []
     for number, row in enumerate(rows):
         cells = "".join(
             f"<td data-value='{'' if value is None else escape(str(value), quote=True)}'>"
-            f"{key(number) if column == 0 else ''}{escape(text)}</td>"
+            f"{key(number) if keys and column == 0 else ''}{escape(text)}</td>"
             for column, (text, value) in enumerate(row)
         )
         marked = " best" if number == best else ""
-        body.append(f"<tr class='row arm{number}{marked}' data-arm='arm{number}'>{cells}</tr>")
+        classes = f" class='row arm{number}{marked}' data-arm='arm{number}'" if keys else f" class='{marked.strip()}'"
+        body.append(f"<tr{classes}>{cells}</tr>")
     return (
         f"<div class='wide'><table class='sortable'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

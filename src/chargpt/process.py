@@ -10,11 +10,11 @@ from chargpt.config import ConfigError
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir` for this process. The kernel lets go of the lock however the process ends."""
+def lock(run_dir: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `run_dir` for this process, which waits for it or raises ConfigError. However it ends, the kernel lets go."""
     with open(run_dir / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ConfigError(f"{run_dir}: another process is training in it; wait, or write hydra.run.dir=DIR") from error
         yield

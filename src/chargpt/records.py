@@ -118,15 +118,18 @@ def natural(text: str) -> list[tuple[int, str]]:
 
 
 def read_run(path: Path) -> Record:
-    """A run directory; ConfigError where a file of it is not what a run writes."""
+    """A run directory; ConfigError where a file of it is not what a run writes. A summary that is not whole is none."""
     config = read_config(path / "config.yaml")
     try:
-        summary_path = path / "summary.json"
-        summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.is_file() else {}
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        summary = {}
+    try:
         metrics = read_metrics(path / "metrics.jsonl")
-        require(isinstance(summary, dict) and all(isinstance(line, dict) for line in metrics), "it holds no tables")
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: its records cannot be read ({error})") from None
+        raise ConfigError(f"{path}: its metrics.jsonl cannot be read ({error})") from None
+    is_table = isinstance(summary, dict) and all(isinstance(line, dict) for line in metrics)
+    require(is_table, f"{path}: its summary.json or metrics.jsonl holds something else than a run writes")
     samples_path = path / "samples.txt"
     samples = samples_path.read_text(encoding="utf-8", errors="replace") if samples_path.is_file() else ""
     _, _, newest = samples.rpartition("=== step ")

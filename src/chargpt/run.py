@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from chargpt import checkpoint
 from chargpt.cli import RunFailed
-from chargpt.config import AttentionType, Config, ConfigError, Match, differences, to_plain
+from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
@@ -49,7 +49,10 @@ ENTROPY_WINDOWS = 8  # of the validation split
 RUNS_ONCE = {"xla_backend_optimization_level": 0}  # compiler options of what takes longer to optimise than to run
 
 
-def train(config: Config, run_dir: Path) -> float:
+Watch = Callable[[int, float], bool]  # (step, validation loss), at every evaluation: whether to give the run up there
+
+
+def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
     """Train the model that `config` describes, leaving everything in `run_dir`; the best validation loss.
 
     SystemExit with the conventional code (128 + signal) where a signal asked it to stop; it has saved by then.
@@ -59,10 +62,10 @@ def train(config: Config, run_dir: Path) -> float:
     with lock(run_dir), StopSignal() as stop:
         if (run_dir / "metrics.jsonl").exists():
             raise ConfigError(f"{run_dir}: already holds a run; write resume={run_dir}, or another hydra.run.dir=DIR")
-        return Run(config, run_dir, load_corpus(config.dataset), console).train(stop)
+        return Run(config, run_dir, load_corpus(config.dataset), console, watch=watch).train(stop)
 
 
-def resume(run_dir: Path, overrides: Sequence[str]) -> float:
+def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) -> float:
     """Go on with the run in `run_dir`, its configuration changed by `overrides` alone; otherwise as `train`."""
     console = RunConsole()
     offer_cpu_devices()
@@ -76,7 +79,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> float:
                 console.say(f"already complete at step {header.step}: a larger trainer.num_steps goes on")
                 return header.best_val_loss
         cut_records(run_dir, {} if restored is None else restored[1].record_sizes)
-        return Run(config, run_dir, corpus, console, restored).train(stop)
+        return Run(config, run_dir, corpus, console, restored, watch).train(stop)
 
 
 @dataclasses.dataclass
@@ -99,7 +102,9 @@ class Run:
         corpus: Corpus,
         console: RunConsole,
         restored: tuple[TrainState, checkpoint.Header] | None = None,
+        watch: Watch | None = None,
     ):
+        self.watch, self.given_up = watch, False
         self.config, self.run_dir, self.corpus, self.console = config, run_dir, corpus, console
         self.dtype = compute_dtype(config.trainer.precision)
         self.devices = choose_devices(config.trainer)
@@ -163,7 +168,7 @@ class Run:
         """Dispatch chunk after chunk; look at one while the next is computed, except where something is due between."""
         trainer = self.config.trainer
         pending: Chunk | None = None
-        while self.step < trainer.num_steps and stop.number is None:
+        while self.step < trainer.num_steps and stop.number is None and not self.given_up:
             num_steps = self._next_boundary() - self.step
             self.state, metrics = self.compiled[num_steps](self.tokens, self.state)
             self.step += num_steps
@@ -180,6 +185,7 @@ class Run:
                 self._log(line)
                 if evaluation_due:
                     self.console.show_evaluation(line, is_best, self.sample)
+                    self.given_up = not at_end and self.watch is not None and self.watch(self.step, line["val/loss"])
                 self._save("last")
                 if is_best:
                     self._save("best")
@@ -255,6 +261,8 @@ class Run:
         is_best = line["val/loss"] < (math.inf if self.best_val_loss is None else self.best_val_loss)  # NaN never is
         if is_best:
             self.best_val_loss, self.best_step = line["val/loss"], self.step
+        if self.best_val_loss is not None:
+            line["best/val_loss"] = self.best_val_loss
         if self.config.trainer.sample_chars:
             self.sample = self._sample()
             with self._disk_may_be_full(), open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
@@ -389,8 +397,8 @@ class Run:
             "writes to": str(self.run_dir),
         }
         self.console.show_start(facts, self.parameters)
-        if model.match is Match.params:
-            width = self.state.model.blocks.feed_forward.up_proj.out_features
+        width = self.state.model.blocks.feed_forward.up_proj.out_features
+        if width != model.ff_width:  # model.match=params
             self.console.say(
                 f"note: d_ff is {width} instead of {model.ff_width}: as many weights as standard attention would give"
             )
@@ -400,6 +408,8 @@ class Run:
     def _show_end(self, exit_code: int) -> None:
         summary = self._summary()
         rows: dict[str, Any] = {"stopped": f"by a signal at step {self.step}"} if exit_code else {}
+        if self.given_up:
+            rows["stopped"] = f"at step {self.step}: others were better there"
         if self.best_val_loss is not None:
             rows["best validation loss"] = f"{self.best_val_loss:.4f} nats per character, at step {self.best_step}"
             rows["bigram baseline"] = f"{self.corpus.baselines['bigram']:.4f}"

@@ -1,0 +1,174 @@
+"""A search space: a YAML file that names options and their ranges, checked against the real configuration before anything runs.
+
+overrides: [trainer.num_steps=800]             # what every trial has, as on main.py's command line
+parameters:
+  optimizer.learning_rate: {low: 1e-4, high: 1e-1, log: true}
+  optimizer.warmup_steps: {low: 0, high: 200, step: 50}
+  model.num_kv_heads: {choices: [1, 2, 4]}
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from chargpt.cli import explain
+from chargpt.config import CONFIGS, Config, ConfigError, did_you_mean, option_names, parse, register, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One option and what it may be: a range of numbers, or a list of choices."""
+
+    name: str
+    choices: tuple[Any, ...] | None = None
+    low: float = 0
+    high: float = 0
+    step: float | None = None
+    log: bool = False
+    whole: bool = False  # whole numbers alone
+
+    def extremes(self) -> tuple[Any, ...]:
+        return self.choices if self.choices is not None else (self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What a search varies, and what all of its trials share."""
+
+    name: str
+    overrides: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+
+    def compose(self, values: Mapping[str, Any]) -> Config:
+        """The configuration of one trial; ConfigError where its values break a rule."""
+        return compose_config([*self.overrides, *(f"{name}={spell(value)}" for name, value in values.items())])
+
+
+def read_space(path: Path) -> Space:
+    """The space in a file; ConfigError, in one line, where it is none or where one of its ends does not compose."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        shipped = ", ".join(sorted(f"configs/search/{file.name}" for file in (CONFIGS / "search").glob("*.yaml")))
+        raise ConfigError(f"space={path}: cannot be read ({error.strerror}); there are {shipped}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"space={path}: is no YAML ({' '.join(str(error).split())[:200]})") from None
+    require(isinstance(content, dict), f"space={path}: must hold overrides and parameters")
+    for key in content:
+        require(key in ("overrides", "parameters"), f"space={path}: {key}: write overrides or parameters")
+    overrides, parameters = content.get("overrides") or [], content.get("parameters")
+    require(
+        isinstance(overrides, list) and all(isinstance(override, str) for override in overrides),
+        f"space={path}: overrides must be a list such as [trainer.num_steps=800]",
+    )
+    require(isinstance(parameters, dict) and bool(parameters), f"space={path}: parameters: names no option to search over")
+    read = tuple(read_parameter(str(name), range_) for name, range_ in parameters.items())
+    space = Space(path.stem, tuple(overrides), read)
+    middle = {parameter.name: parameter.extremes()[0] for parameter in read}
+    for parameter in read:
+        for value in parameter.extremes():
+            try:
+                space.compose(middle | {parameter.name: value})
+            except ConfigError as error:
+                raise ConfigError(f"space={path}: with {parameter.name}={spell(value)}: {error}") from None
+    return space
+
+
+def read_parameter(name: str, given: Any) -> Parameter:
+    """One entry of `parameters`; its numbers are read by the type that the option has."""
+    require(name in option_names(), f"{name}: there is no such option{did_you_mean(name, option_names())}")
+    kinds = option_type(name)
+    require(isinstance(given, dict), f"{name}: write {{low: …, high: …}} or {{choices: […]}}")
+    known = ("choices", "low", "high", "step", "log")
+    for key in given:
+        require(key in known, f"{name}: {key}: there is no such key{did_you_mean(str(key), known)}")
+    if "choices" in given:
+        choices = given["choices"]
+        require(len(given) == 1, f"{name}: has both choices and a range; write one of them")
+        require(isinstance(choices, list) and bool(choices), f"{name}: choices: is no list of values")
+        require(len(set(map(str, choices))) == len(choices), f"{name}: choices: has a value twice")
+        return Parameter(name, choices=tuple(choices))
+    require(bool({int, float} & set(kinds)), f"{name}: is no number; write {{choices: […]}}")
+    require("low" in given and "high" in given, f"{name}: a range needs low and high")
+    whole, log = float not in kinds, given.get("log", False)
+    require(isinstance(log, bool), f"{name}: log={log}: must be true or false")
+    low, high = (read_number(f"{name}: {end}", given[end], whole) for end in ("low", "high"))
+    step = None if given.get("step") is None else read_number(f"{name}: step", given["step"], whole)
+    require(low < high, f"{name}: the range from {low:g} to {high:g} is empty; write low < high")
+    require(not log or low > 0, f"{name}: low={low:g}: a logarithmic range begins above zero")
+    require(
+        step is None or 0 < step <= high - low, f"{name}: step={given.get('step')}: must be above zero and within the range"
+    )
+    require(not (log and step is not None), f"{name}: a logarithmic range has no step; leave one of them out")
+    return Parameter(name, low=low, high=high, step=step, log=log, whole=whole)
+
+
+def read_number(what: str, value: Any, whole: bool) -> float:
+    try:
+        number = float(value)  # YAML reads 1e-4 as a text
+    except (TypeError, ValueError):
+        number = math.nan
+    require(math.isfinite(number) and not isinstance(value, bool), f"{what}={value}: is no number")
+    require(not whole or number.is_integer(), f"{what}={value}: is no whole number, which this option is")
+    return int(number) if whole else number
+
+
+def option_type(name: str) -> tuple[type, ...]:
+    """The types that an option may have, from the schema."""
+    kind: Any = Config
+    for part in name.split("."):
+        kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{name}: is a group of options; name one of them")
+    is_union = isinstance(kind, types.UnionType)
+    return tuple(typing.get_args(kind)) if is_union else (kind,)
+
+
+def spell(value: Any) -> str:
+    """A value as an override has it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return value.name if isinstance(value, Enum) else repr(value) if isinstance(value, float) else str(value)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The configuration that main.py would compose; ConfigError where it would refuse."""
+    register()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return parse(compose("default", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
+
+
+def to_wandb_sweep(space: Space) -> dict[str, Any]:
+    """The same space as a `wandb sweep` file: Bayesian search over main.py, poor runs ended early."""
+
+    def distribution(parameter: Parameter) -> dict[str, Any]:
+        if parameter.choices is not None:
+            return {"values": list(parameter.choices)}
+        ends = {"min": parameter.low, "max": parameter.high}
+        if parameter.log:
+            return {"distribution": "log_uniform_values"} | ends
+        if parameter.step is not None:
+            return {"distribution": "q_uniform", "q": parameter.step} | ends
+        return {"distribution": "int_uniform" if parameter.whole else "uniform"} | ends
+
+    return {
+        "program": "main.py",
+        "method": "bayes",
+        "metric": {"name": "best/val_loss", "goal": "minimize"},
+        "parameters": {parameter.name: distribution(parameter) for parameter in space.parameters},
+        "command": ["${env}", "${interpreter}", "${program}", *space.overrides, "mode=online", "${args_no_hyphens}"],
+        "early_terminate": {"type": "hyperband", "min_iter": 2},
+    }

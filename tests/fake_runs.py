@@ -1,0 +1,102 @@
+"""Runs that were never trained, as directories and as records: what compares runs reads them in moments."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import make_config
+from omegaconf import OmegaConf
+
+from chargpt.config import Config, from_plain, to_plain
+from chargpt.records import Record
+
+CORPUS = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+default = functools.cache(make_config)
+
+
+@functools.cache
+def compose(*overrides: str) -> Config:
+    """configs/default.yaml with overrides, their values in YAML. Hydra takes seven times as long, and makes no difference."""
+    settings = dict(setting.split("=", 1) for setting in overrides)
+    name = settings.get("wandb.name", settings.get("model.mha_type", "standard"))
+    settings = {"wandb.name": name, "wandb.group": name} | settings
+    plain = to_plain(default())
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        functools.reduce(dict.__getitem__, groups, plain)[last] = yaml.safe_load(value)
+    return from_plain(plain)
+
+
+def make_run(
+    path: Path,
+    *overrides: str,
+    val_losses: Sequence[float] = (3.0, 2.5, 2.0),
+    summary: dict[str, Any] | None = None,
+    sample: str = "ROMEO:\nWhat say you?",
+) -> Path:
+    """A run directory that came to its end with these validation losses; `summary` changes what it sums up."""
+    record = make_record(*overrides, path=path, val_losses=val_losses, summary=summary, sample=sample)
+    path.mkdir(parents=True)
+    write_config(path, record.config)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record.metrics))
+    (path / "summary.json").write_text(json.dumps(record.summary, indent=2) + "\n")
+    samples = f"=== step 1\nan old text\n\n=== step {record.config.trainer.num_steps}\n{sample}\n\n"
+    (path / "samples.txt").write_text(samples, encoding="utf-8")
+    return path
+
+
+def write_config(path: Path, config: Config) -> None:
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
+
+
+def make_record(
+    *overrides: str,
+    path: Path = Path("run"),
+    val_losses: Sequence[float] = (3.0, 2.5, 2.0),
+    summary: dict[str, Any] | None = None,
+    sample: str = "ROMEO:\nWhat say you?",
+) -> Record:
+    """The same as `read_run` would read it, without a directory."""
+    config = compose(*overrides)
+    summed_up = summary_of(config, val_losses) | (summary or {})
+    return Record(path, config, summed_up, metrics_of(config, val_losses), sample)
+
+
+def metrics_of(config: Config, val_losses: Sequence[float]) -> list[dict[str, Any]]:
+    """Two lines for each validation loss, evenly over the steps: one that only trained, and the one that evaluated."""
+    lines: list[dict[str, Any]] = []
+    for number, loss in enumerate(val_losses, 1):
+        end = config.trainer.num_steps * number // len(val_losses)
+        for step in (end - 1, end):
+            tokens = step * config.trainer.batch_size * config.dataset.seq_len
+            place = {"trainer/step": step, "trainer/tokens": tokens, "trainer/seconds": step / 50}
+            lines.append(place | {"train/loss": loss - 0.1, "train/grad_norm": 0.5})
+        lines[-1] |= {"val/loss": loss, "val/accuracy": 0.4, "val/bpc": loss / 0.6931}
+    return lines
+
+
+def summary_of(config: Config, val_losses: Sequence[float]) -> dict[str, Any]:
+    best = min(range(len(val_losses)), key=val_losses.__getitem__)
+    return {
+        "best/val_loss": val_losses[best],
+        "best/step": config.trainer.num_steps * (best + 1) // len(val_losses),
+        "final/val_loss": val_losses[-1],
+        "final/step": config.trainer.num_steps,
+        "tokens_per_second": 7045.25,
+        "decode_tokens_per_second": 3097.5,
+        "peak_memory_bytes": 69707352,
+        "compile_seconds": 7.5,
+        "train_seconds": 39.75,
+        "mha_type": config.model.mha_type.name,
+        "num_params": 808576,
+        "kv_cache_bytes_per_token": 1024,
+        "flops_per_token": 5194752.0,
+        "device": "cpu (2 cores)",
+        "num_devices": 1,
+        "dataset": config.dataset.name.name,
+        "corpus_sha256": CORPUS,
+        "versions": {"python": "3.11.7", "chargpt": "0.1.0", "jax": "0.10.2"},
+    }
