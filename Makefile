@@ -40,7 +40,6 @@ bench: setup
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/quality.py
 
 lock:
 	for extras in '' -cuda; do \

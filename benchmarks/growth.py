@@ -24,13 +24,12 @@ from chargpt.attention import SelectiveAttention, make_attention
 from chargpt.attention.base import merge_heads
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
+from chargpt.figures import LIGHT, MARKERS
 from chargpt.machine import memory_bytes
 
 CONTEXTS = [(tokens, 64) for tokens in (256, 512, 1024, 2048, 4096, 8192)]
 WIDTHS = [(256, width) for width in (64, 128, 256, 512, 1024)]
 MEMORY_LIMIT = 4e9
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]  # Okabe and Ito, readable by all
-MARKERS = "os^vDPX"
 
 
 def literal_selective(layer: SelectiveAttention, x: jax.Array) -> jax.Array:
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> None:
     for column, (axis_name, points) in enumerate((("context", CONTEXTS), ("width", WIDTHS))):
         values = [point[column] for point in points]
         print(f"\n| {axis_name} | {' | '.join(map(str, values))} |\n|---|{'---|' * len(values)}")
-        for name, colour, marker in zip(names, COLOURS, MARKERS, strict=True):
+        for name, colour, marker in zip(names, LIGHT, MARKERS, strict=True):
             possible = [point for point in points if name != "literal" or 40 * point[0] ** 2 * point[1] < MEMORY_LIMIT]
             results = [measure(name, *point) for point in possible]
             cells = [f"{1e3 * seconds:,.1f} / {size / 1e6:,.0f}" for seconds, size in results]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, small_config
+from fake_runs import bug
 
 from chargpt import cli
 from chargpt.config import to_plain
@@ -146,6 +147,7 @@ def test_without_wandb_workspaces_there_is_one_line(
     assert run_tool(capsys) == (2, "", needs)
 
 
+@bug
 def test_a_place_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = run_tool(capsys, f"out={tmp_path}/no/dashboard.json")
     assert (code, out, err.count("\n"), err[:7]) == (2, "", 1, "error: ")

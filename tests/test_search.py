@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from chargpt import cli, run
-from chargpt.config import ConfigError, option_names
+from chargpt.config import ConfigError, option_names, to_plain
 from chargpt.space import Parameter, compose_config, read_space, spell, to_wandb_sweep
 
 optuna = pytest.importorskip("optuna")
@@ -190,7 +190,7 @@ def test_a_trial_that_was_cut_off_resumes_and_one_that_fails_is_counted(
     arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}", "num_trials=3"]
 
     def cut_off(config: Any, run_dir: Path, watch: Any) -> float:
-        (run_dir / "config.yaml").touch()
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
         watch(10, 2.0)
         raise SystemExit(143)
 

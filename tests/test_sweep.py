@@ -186,6 +186,8 @@ def test_jobs_of_a_sweep_are_named_by_what_they_differ_in_and_grouped_by_its_fol
     )
     assert run_name("mqa") == "mqa seed=1 beta1=0.8"
     assert run_group("mqa seed=1 beta1=0.8") == tmp_path.name
+    hydra_job(["model.mha_type=mla", "model.qk_norm=False"], ["model.mha_type=mla,mqa", "model.qk_norm=false"])
+    assert run_name("fast_cpu") == "fast_cpu mha_type=mla" and run_name("mla") == "mla"
 
 
 def test_without_hydra_a_run_is_named_by_its_type() -> None:

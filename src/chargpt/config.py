@@ -366,17 +366,18 @@ def run_dir(resume: str | None, fresh: str) -> str:
     return resume
 
 
-UNTOLD = re.compile(r"[+~]|(mode|resume|experiment|model\.mha_type)=|wandb\.|dataset\.file")  # not in a run's name
+UNTOLD = re.compile(r"[+~]|(mode|resume|experiment)=|wandb\.|dataset\.file")  # not in a run's name
 
 
 def run_name(base: Any) -> str:
     """What sets a run apart: `base`, and the settings that were typed for it, in a sweep those that its jobs differ in."""
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    common = {f"model.mha_type={base}"}
     if in_sweep():
         with open(Path(HydraConfig.get().sweep.dir) / "multirun.yaml", encoding="utf-8") as file:  # Hydra's, of the whole sweep
-            common = OmegaConf.load(file).hydra.overrides.task
-        typed = [setting for setting in typed if setting not in common]
-    return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in typed if not UNTOLD.match(setting))])
+            common |= {setting.lower() for setting in OmegaConf.load(file).hydra.overrides.task}
+    telling = [setting for setting in typed if setting.lower() not in common and not UNTOLD.match(setting)]
+    return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in telling)])
 
 
 def in_sweep() -> bool:
