@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from conftest import make_config
 from omegaconf import OmegaConf
@@ -15,7 +14,6 @@ from chargpt.config import Config, from_plain, to_plain
 from chargpt.records import Record
 
 CORPUS = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-bug = pytest.mark.xfail(strict=True, reason="known, not mended yet")
 default = functools.cache(make_config)
 
 

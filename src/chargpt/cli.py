@@ -1,6 +1,7 @@
 """From the command line to a typed call, and from an error to one clear line."""
 
 import dataclasses
+import glob
 import importlib
 import os
 import re
@@ -140,6 +141,10 @@ def run_tool(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return fail(ConfigError(f"{error.filename}: cannot be read or written ({error.strerror})"))
     return 0
 
 
@@ -169,7 +174,11 @@ def parse_options(schema: type[Options], arguments: list[str]) -> Options:
     paths = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if takes_paths(schema) and name not in fields and (not equals or "/" in name or os.path.exists(argument)):
+        if (
+            takes_paths(schema)
+            and name not in fields
+            and (not equals or "/" in name or os.path.exists(argument) or glob.glob(argument))
+        ):
             paths.append(argument)  # a run's name may hold an equals sign
             continue
         if name not in fields:

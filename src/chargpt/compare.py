@@ -14,7 +14,7 @@ from rich.text import Text
 
 from chargpt import figures, page
 from chargpt.config import require, to_plain
-from chargpt.records import Arm, Estimate, Record, find_runs, group, read_run
+from chargpt.records import Arm, Estimate, Record, find_runs, group, plain, read_run
 
 WIDTH = 100  # of the table in characters, at least: on a narrower terminal its lines wrap, and nothing is left out
 Cell = tuple[str, float | str | None]  # as a person reads it, and what it stands for
@@ -44,6 +44,7 @@ def compare(options: CompareOptions, ranked: bool = False) -> None:
     """Print the table; write the page, the Markdown, the CSV and the figure beside each other. `ranked`: best arms first."""
     result = read_comparison(options.paths)
     out = Path(options.out) if options.out else default_place(options.paths)
+    require(out.name not in ("", ".."), f"out={options.out}: is a folder; write out=FOLDER/NAME")
     show(result, Console(highlight=False, width=max(Console().width, WIDTH)), ranked)
     for path in write(result, out, options.title):
         print(path)
@@ -52,7 +53,7 @@ def compare(options: CompareOptions, ranked: bool = False) -> None:
 def read_comparison(paths: Sequence[str]) -> Comparison:
     """The comparison of all finished runs in `paths`; ConfigError where there is none."""
     arms, left_out = group([read_run(path) for path in find_runs(paths)])
-    require(bool(arms), f"{' '.join(paths)}: no run there is finished; " + "; ".join(left_out[:3]))
+    require(bool(arms), f"{' '.join(paths)}: no run there is finished; " + plain("; ".join(left_out[:3])))
     return Comparison(arms, left_out + doubts(arms))
 
 
@@ -72,9 +73,9 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
         if len(distinct) > 1:
             found.append(f"{what} differ ({', '.join(value[:40] for value in distinct)}): {consequence}")
 
-    differ("texts", [run.summary.get("corpus_sha256", "?")[:12] for run in runs], "their losses cannot be compared")
+    differ("texts", [run.corpus[:12] for run in runs], "their losses cannot be compared")
     differ("devices", [run.summary.get("device") for run in runs], "their speeds cannot be compared")
-    differ("versions of jax", [run.summary.get("versions", {}).get("jax") for run in runs], "nor quite their speeds")
+    differ("versions of jax", [run.jax for run in runs], "nor quite their speeds")
     tokens = [run.config.trainer.num_steps * run.config.trainer.batch_size * run.config.dataset.seq_len for run in runs]
     differ("training tokens", [f"{count:,}" for count in tokens], "so do the budgets behind the losses")
     single = [arm.name for arm in arms if len(arm.runs) == 1]
@@ -170,13 +171,13 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
     console.print(table)
     if ranked:
         run = min(result.arms[best].runs.values(), key=lambda run: run.number("best/val_loss"))
-        console.print(Text(f"best run: {run.path}"), soft_wrap=True)
+        console.print(Text(plain(f"best run: {run.path}")), soft_wrap=True)
     for remark in result.remarks:
-        console.print(Text(f"note: {remark}"), soft_wrap=True)
+        console.print(Text(plain(f"note: {remark}")), soft_wrap=True)
 
 
 def to_markdown(arms: Sequence[Arm]) -> str:
-    escaped = [[text.replace("|", "\\|") for text, _ in row] for row in rows(arms)]
+    escaped = [[text.replace("\\", "\\\\").replace("|", "\\|") for text, _ in row] for row in rows(arms)]
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *escaped]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -212,13 +213,12 @@ def subtitle(arms: Sequence[Arm]) -> str:
     """What was compared, where, when."""
     runs = [run for arm in arms for run in arm.runs.values()]
     together = lambda values: ", ".join(dict.fromkeys(map(str, values)))  # noqa: E731
-    config = runs[0].config
     today = datetime.date.today().isoformat()
     return (
         f"{len(runs)} runs of {len(arms)} arms on {together(run.config.dataset.name.name for run in runs)}, "
-        f"{together(f'{run.config.trainer.num_steps:,}' for run in runs)} steps of {config.trainer.batch_size} x "
-        f"{config.dataset.seq_len} characters; {together(run.summary.get('device') for run in runs)}, "
-        f"jax {together(run.summary.get('versions', {}).get('jax') for run in runs)}; {today}"
+        f"{together(f'{run.config.trainer.num_steps:,}' for run in runs)} steps of "
+        f"{together(f'{run.config.trainer.batch_size} x {run.config.dataset.seq_len}' for run in runs)} characters; "
+        f"{together(run.summary.get('device') for run in runs)}, jax {together(run.jax for run in runs)}; {today}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from chargpt.cli import RunFailed
 from chargpt.config import ConfigError, Mode, require
 from chargpt.figures import AXES, COSTS
+from chargpt.tracking import own_settings, why_not_online
 
 STEP = "trainer/step"
 
@@ -38,6 +39,8 @@ def dashboard(options: DashboardOptions) -> None:
         Path(options.out).write_text(specification(workspace), encoding="utf-8")
         print(f"{options.out}\nmode=online entity=… saves the workspace at W&B")
         return
+    if reason := why_not_online(own_settings()):
+        raise RunFailed(f"dashboard: {reason}")
     try:
         workspace.save()
     except Exception as error:  # requests', wandb's and gql's, whatever they raise

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from chargpt.records import Arm, Estimate
+
+matplotlib.rcParams["text.parse_math"] = False  # the name of an arm is no formula
 
 # Okabe and Ito's colours, told apart with every common colour blindness: on white, and lightened, on near-black.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07c00", "#3f9fd6", "#5b5b5b")
@@ -134,9 +137,8 @@ def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
     for axis in axes[::3]:
         axis.set_ylabel("best validation loss")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(arms), 6), frameon=False, labelcolor=theme.ink, fontsize=9
-    )
+    columns = max(1, min(len(arms), 6, 150 // (10 + max(map(len, labels), default=0))))  # that fit the width
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.ink, fontsize=9)
     return figure
 
 
@@ -161,21 +163,26 @@ def paired_differences(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
 
 def to_svg(figure: Figure, name: str) -> str:
     """SVG to stand inside of a page. `name` keeps its ids apart from those of other figures there."""
-    buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
+        svg = save(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'id="arm-(\d+)"', r'class="arm arm\1"', svg)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own font
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own font; so Matplotlib up to 3.10 has it
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     svg = svg.replace(PAGE.ink, "var(--ink)").replace(PAGE.grid, "var(--grid)")
     svg = re.sub(r"#0a0b([0-9a-f]{2})", lambda match: f"var(--arm{int(match[1], 16)})", svg)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
 
 
 def to_png(figure: Figure) -> bytes:
+    return save(figure, format="png", dpi=130)
+
+
+def save(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # an arm's name may be in any script
+        figure.savefig(buffer, **options)
     return buffer.getvalue()

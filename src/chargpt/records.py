@@ -3,8 +3,10 @@
 import dataclasses
 import glob
 import json
-import math
+import os
+import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from chargpt.tracking import read_metrics
 
 MAX_CONFIG_BYTES = 1 << 15
 MAX_CONFIG_DEPTH = 8
-# Settings that change neither what is learnt nor how fast: runs that differ in these alone are runs of one arm.
-INCIDENTAL = {"seed", "mode", "resume"} | {f"wandb.{name}" for name in ("project", "entity", "group", "name", "tags")}
+# Settings that change neither what is learnt nor how fast: runs that differ in these alone are runs of one arm. A text is known
+# by its hash, not by its place.
+INCIDENTAL = {"seed", "mode", "resume", "dataset.filepath"} | {
+    f"wandb.{name}" for name in ("project", "entity", "group", "name", "tags")
+}
 INCIDENTAL |= {f"trainer.{name}" for name in ("log_every", "checkpoint_every", "sample_chars", "max_skipped_steps")}
 MAX_NAME = 40  # characters of an arm's name
 
@@ -35,8 +40,7 @@ class Record:
     def number(self, name: str) -> float | None:
         """A number of summary.json; None where there is none, or none that is finite."""
         value = self.summary.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return value if is_number else None
+        return value if is_number(value) and abs(value) <= sys.float_info.max else None
 
     @property
     def finished(self) -> bool:
@@ -49,10 +53,20 @@ class Record:
         """The lines of metrics.jsonl that have a validation loss."""
         return [line for line in self.metrics if line.get("val/loss") is not None]
 
+    @property
+    def corpus(self) -> str:
+        return str(self.summary.get("corpus_sha256", "?"))
+
+    @property
+    def jax(self) -> Any:
+        """The version that it ran with."""
+        versions = self.summary.get("versions")
+        return versions.get("jax") if isinstance(versions, dict) else None
+
     def settings(self) -> dict[str, Any]:
         """All that may set a run apart, by dotted name."""
         flat = {name: value for name, value in flatten(to_plain(self.config)).items() if name not in INCIDENTAL}
-        return flat | {"corpus_sha256": self.summary.get("corpus_sha256")}
+        return flat | {"corpus_sha256": self.corpus[:12]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +104,43 @@ class Arm:
 
 def find_runs(places: Sequence[str]) -> list[Path]:
     """The run directories in `places`: folders, files inside of a run, or globs; ConfigError where one holds none."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by where it truly is: the path that it was given by
     for place in places:
-        matches = [Path(match) for match in sorted(glob.glob(place, recursive=True), key=natural)] or [Path(place)]
-        here = [run for match in matches for run in runs_under(match)]
+        matches = [] if os.path.exists(place) else sorted(glob.glob(place, recursive=True), key=natural)
+        here = [run for match in matches or [place] for run in runs_under(Path(match))]
         require(bool(here), f"{place}: holds no run (a folder with config.yaml and metrics.jsonl); train one with main.py")
-        found |= dict.fromkeys(here)
-    return list(found)
+        for run in here:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def runs_under(place: Path) -> list[Path]:
     """The run directories at, around (of a file) or below a path, in the order that a person counts: 2_b before 10_a."""
     if place.is_file():
-        place = place.parent
-    folders = [path.parent for path in place.rglob("metrics.jsonl") if (path.parent / "config.yaml").is_file()]
+        place = next(filter(is_run, place.parents), place.parent)
+    folders = [path.parent for path in place.rglob("metrics.jsonl") if is_run(path.parent)]
     return sorted(folders, key=lambda folder: natural(str(folder)))
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_line(value: Any) -> bool:
+    """Whether it could be a line of metrics.jsonl."""
+    if not isinstance(value, dict):
+        return False
+    placed = all(is_number(value.get(f"trainer/{name}")) for name in ("step", "tokens", "seconds"))
+    return placed and (value.get("val/loss") is None or is_number(value["val/loss"]))
+
+
+def plain(text: str) -> str:
+    """A text of somebody else's for one line of a terminal or a table."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def natural(text: str) -> list[tuple[int, str]]:
@@ -128,8 +164,8 @@ def read_run(path: Path) -> Record:
         metrics = read_metrics(path / "metrics.jsonl")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: its metrics.jsonl cannot be read ({error})") from None
-    is_table = isinstance(summary, dict) and all(isinstance(line, dict) for line in metrics)
-    require(is_table, f"{path}: its summary.json or metrics.jsonl holds something else than a run writes")
+    whole = isinstance(summary, dict) and all(map(is_line, metrics))
+    require(whole, f"{path}: its summary.json or metrics.jsonl holds something else than a run writes")
     samples_path = path / "samples.txt"
     samples = samples_path.read_text(encoding="utf-8", errors="replace") if samples_path.is_file() else ""
     _, _, newest = samples.rpartition("=== step ")
@@ -192,10 +228,10 @@ def name_arms(records: Sequence[Record]) -> list[str]:
         others = [f"{short[name]}={say(one[name])}" for name in differing if name != "model.mha_type"]
         return " ".join(kind + others)
 
-    names = [describe(one) for one in settings]
-    if max(map(len, names), default=0) <= MAX_NAME:
+    names = [plain(describe(one)) for one in settings]
+    if max(map(len, names), default=0) <= MAX_NAME and len(set(names)) == len(names):
         return names
-    given = [record.config.wandb.name[:MAX_NAME] for record in records]
+    given = [plain(re.sub(r" seed=\d+", "", record.config.wandb.name))[:MAX_NAME] for record in records]
     return [
         f"{name} ({given[: number + 1].count(name)})" if given.count(name) > 1 else name for number, name in enumerate(given)
     ]

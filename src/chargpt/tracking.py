@@ -128,7 +128,7 @@ class WandbRun:
         id_file = run_dir / "wandb" / "run_id"
         run_id = id_file.read_text().strip() if id_file.is_file() else None
         mode = config.mode.name
-        if config.mode is Mode.online and (reason := why_not_online(wandb.setup(wandb.Settings(silent=True)).settings)):
+        if config.mode is Mode.online and (reason := why_not_online(own_settings())):
             self._say(f"W&B: {reason}; this run is logged offline")
             mode = "offline"
         settings = wandb.Settings(
@@ -196,6 +196,13 @@ def abandon_service() -> None:
         service_token.clear_service_in_env()
         connection._proc._process.kill()
         connection._proc._process.wait()
+
+
+def own_settings() -> Any:
+    """What wandb finds in the environment and in its files."""
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True)).settings
 
 
 def why_not_online(settings: Any) -> str | None:
