@@ -219,7 +219,7 @@ def test_other_settings_set_arms_apart(setting: str) -> None:
 
 def test_another_text_sets_arms_apart() -> None:
     arms, _ = group([make_record(), make_record(summary={"corpus_sha256": "0" * 64})])
-    assert [arm.name for arm in arms] == [f"corpus_sha256={CORPUS[:24]}", f"corpus_sha256={'0' * 24}"]
+    assert [arm.name for arm in arms] == [f"corpus_sha256={CORPUS[:12]}", f"corpus_sha256={'0' * 12}"]
 
 
 def test_runs_without_an_end_are_left_out_and_said() -> None:

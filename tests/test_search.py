@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from chargpt import cli, run
 from chargpt.config import ConfigError, option_names, to_plain
-from chargpt.space import Parameter, compose_config, read_space, spell, to_wandb_sweep
+from chargpt.space import Parameter, Space, compose_config, read_space, spell, to_wandb_sweep
 
 optuna = pytest.importorskip("optuna")
 
@@ -108,12 +108,15 @@ def test_a_shipped_space_composes_and_so_does_every_value_of_its_wandb_file(
     assert (ROOT / sweep["program"]).is_file()
     fixed = sweep["command"][3:-1]
     assert "mode=online" in fixed
+    space = Space("", tuple(fixed), ())
     for name, given in sweep["parameters"].items():
         assert name in option_names()
         values = given["values"] if "values" in given else [given["min"], given["max"]]
         assert "values" in given or (given["distribution"] in ("uniform", "int_uniform", "q_uniform", "log_uniform_values"))
         for value in values:
-            compose_config([*fixed, f"{name}={spell(value)}"])
+            space.compose({name: value})
+    first = [f"{name}={spell((given.get('values') or [given.get('min')])[0])}" for name, given in sweep["parameters"].items()]
+    compose_config((*fixed, *first))  # as main.py reads it
 
 
 def test_a_wandb_file_says_how_each_range_is_drawn(tmp_path: Path) -> None:
@@ -173,7 +176,7 @@ def test_a_study_finds_the_good_region_ends_poor_trials_early_and_goes_on_to_mor
     out = capsys.readouterr().out
     (best,) = [line for line in out.splitlines() if line.startswith("python main.py")]
     overrides = best.split()[2:]
-    rate = compose_config([override.strip("'") for override in overrides]).optimizer.learning_rate
+    rate = compose_config(tuple(override.strip("'") for override in overrides)).optimizer.learning_rate
     assert abs(math.log10(rate) + 2) < 0.3
     text = (tmp_path / "study" / "search.html").read_text()
     assert all(f"<figure class='drawing {name}'>" in text for name in ("history", "importance", "parallel"))

@@ -149,9 +149,8 @@ def run_trial(study: Any, trial: Any, space: Space, folder: Path) -> None:
         return pruned
 
     print(f"trial {trial.number}: " + " ".join(f"{name}={spell(value)}" for name, value in values.items()), flush=True)
-    naming = [f"wandb.group={folder.name}", f"wandb.name={run_dir.name}"]
     try:
-        config = dataclasses.replace(space, overrides=(*space.overrides, *naming)).compose(values)
+        config = space.compose(values | {"wandb.group": folder.name, "wandb.name": run_dir.name})
         run_dir.mkdir(exist_ok=True)
         begun = (run_dir / "config.yaml").exists()
         loss = resume(run_dir, [], watch) if begun else train(config, run_dir, watch)

@@ -8,10 +8,11 @@ parameters:
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chargpt.cli import explain
@@ -51,7 +53,13 @@ class Space:
 
     def compose(self, values: Mapping[str, Any]) -> Config:
         """The configuration of one trial; ConfigError where its values break a rule."""
-        return compose_config([*self.overrides, *(f"{name}={spell(value)}" for name, value in values.items())])
+        settings = OmegaConf.structured(compose_config(self.overrides))
+        try:
+            for name, value in values.items():
+                OmegaConf.update(settings, name, value)
+            return parse(settings)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from None
 
 
 def read_space(path: Path) -> Space:
@@ -141,7 +149,8 @@ def spell(value: Any) -> str:
     return value.name if isinstance(value, Enum) else repr(value) if isinstance(value, float) else str(value)
 
 
-def compose_config(overrides: Sequence[str]) -> Config:
+@functools.cache
+def compose_config(overrides: tuple[str, ...]) -> Config:
     """The configuration that main.py would compose; ConfigError where it would refuse."""
     register()
     try:
