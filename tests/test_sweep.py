@@ -152,7 +152,7 @@ def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
 def test_the_same_command_has_the_same_folder_and_another_one_another() -> None:
     command = ["experiment=compare", "model.mha_type=mla,mqa", "wandb.name=../../x y"]
     folder = Path(sweep_dir(command))
-    assert folder == Path(sweep_dir(list(command))) and folder.parent == Path("multirun")
+    assert folder == Path(sweep_dir([*command, "mode=online"])) and folder.parent == Path("multirun")
     assert folder.name.startswith("compare-mha_type=mla,mqa-")
     assert len({sweep_dir(c) for c in (command, command[:2], ["experiment=compare", "seed=0,1"], [])}) == 4
 

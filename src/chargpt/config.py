@@ -392,7 +392,7 @@ def run_group(name: str) -> str:
 
 def sweep_dir(overrides: Iterable[str]) -> str:
     """Where a sweep lives: it follows from what was typed, so that the same command goes on with it."""
-    typed = " ".join(overrides)
+    typed = " ".join(setting for setting in overrides if not setting.startswith("mode="))  # where it is logged changes no job
     short = re.sub(r"\b(experiment=|model\.|trainer\.|optimizer\.|dataset\.)", "", typed)
     return f"multirun/{slug(short)[:48]}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
 
