@@ -94,7 +94,7 @@ def test_a_run_leaves_what_the_design_promises(finished: tuple[Path, str]) -> No
 
 def test_config_yaml_is_the_resolved_configuration(finished: tuple[Path, str]) -> None:
     settings = read_config(finished[0] / "config.yaml")
-    assert settings.model.dropout == 0.1 and settings.trainer.num_steps == 20 and settings.wandb.name == "standard"
+    assert settings.model.dropout == 0.1 and settings.trainer.num_steps == 20 and settings.wandb.name == "standard dropout=0.1"
     header = checkpoint.load(finished[0] / "checkpoints" / "best.eqx")[1]
     assert header.config == settings and header.step == json.loads((finished[0] / "summary.json").read_text())["best/step"]
 
