@@ -140,7 +140,7 @@ def test_without_wandb_workspaces_there_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    needs = "error: dashboard: needs wandb-workspaces; write pip install 'chargpt[dashboard]'\n"
+    needs = "error: dashboard: needs wandb-workspaces; write pip install -e '.[dashboard]'\n"
     assert run_tool(capsys) == (2, "", needs)
 
 

@@ -34,7 +34,7 @@ def dashboard(options: DashboardOptions) -> None:
     try:
         workspace = build(options.entity or "entity", options.project)
     except ImportError:
-        raise ConfigError("dashboard: needs wandb-workspaces; write pip install 'chargpt[dashboard]'") from None
+        raise ConfigError("dashboard: needs wandb-workspaces; write pip install -e '.[dashboard]'") from None
     if options.mode is Mode.offline:
         Path(options.out).write_text(specification(workspace), encoding="utf-8")
         print(f"{options.out}\nmode=online entity=… saves the workspace at W&B")

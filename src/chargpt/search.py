@@ -73,7 +73,7 @@ def open_study(folder: Path, space: Space, seed: int | None) -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("search: needs Optuna; write pip install 'chargpt[search]'") from None
+        raise ConfigError("search: needs Optuna; write pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
