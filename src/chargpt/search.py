@@ -54,7 +54,8 @@ def search(options: SearchOptions) -> None:
         print(f"{options.write_wandb}\nwandb sweep {shlex.quote(options.write_wandb)}")
         return
     folder = Path(options.out or f"search/{space.name}")
-    study = open_study(folder, space, options.seed)
+    with lock(working(folder, "next"), wait=True):  # two processes must not make the tables at once
+        study = open_study(folder, space, options.seed)
     try:
         while True:
             with lock(working(folder, "next"), wait=True):  # one process at a time chooses what to do
@@ -75,7 +76,6 @@ def open_study(folder: Path, space: Space, seed: int | None) -> Any:
     except ImportError:
         raise ConfigError("search: needs Optuna; write pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}}),
         study_name=space.name,
