@@ -444,6 +444,13 @@ def differences(config: Config) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value != usual[name] and not str(usual[name]).startswith("${")}
 
 
+def spell(value: Any) -> str:
+    """A value as the command line has it."""
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return value.name if isinstance(value, Enum) else str(value)
+
+
 def option_names(schema: type = Config, prefix: str = "") -> list[str]:
     """Every dotted name of the schema, groups such as `model` among them."""
     names = []

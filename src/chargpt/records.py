@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from chargpt.config import Config, ConfigError, flatten, from_plain, require, to_plain
+from chargpt.config import Config, ConfigError, flatten, from_plain, require, spell, to_plain
 from chargpt.tracking import read_metrics
 
 MAX_CONFIG_BYTES = 1 << 15
@@ -25,6 +25,7 @@ INCIDENTAL = {"seed", "mode", "resume", "dataset.filepath"} | {
 }
 INCIDENTAL |= {f"trainer.{name}" for name in ("log_every", "checkpoint_every", "sample_chars", "max_skipped_steps")}
 MAX_NAME = 40  # characters of an arm's name
+MAX_VALUE = 24  # and of a value in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +226,7 @@ def name_arms(records: Sequence[Record]) -> list[str]:
 
     def describe(one: dict[str, Any]) -> str:
         kind = [one["model.mha_type"]] if "model.mha_type" in differing or not differing else []
-        others = [f"{short[name]}={say(one[name])}" for name in differing if name != "model.mha_type"]
+        others = [f"{short[name]}={spell(one[name])[:MAX_VALUE]}" for name in differing if name != "model.mha_type"]
         return " ".join(kind + others)
 
     names = [plain(describe(one)) for one in settings]
@@ -235,8 +236,3 @@ def name_arms(records: Sequence[Record]) -> list[str]:
     return [
         f"{name} ({given[: number + 1].count(name)})" if given.count(name) > 1 else name for number, name in enumerate(given)
     ]
-
-
-def say(value: Any) -> str:
-    """A value as the command line spells it, long hashes cut."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)[:24]

@@ -1,10 +1,11 @@
 """Figures of a run."""
 
-import warnings
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from chargpt.figures import save
 
 LINES = {"uniform": "ln V", "unigram": "unigram", "bigram": "bigram"}
 
@@ -36,6 +37,4 @@ def draw_curves(
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="lower left")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a run's name may be in any script
-        figure.savefig(path)
+    path.write_bytes(save(figure, format="png"))

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from chargpt import page
 from chargpt.cli import RunFailed
-from chargpt.config import ConfigError, require, require_at_least
+from chargpt.config import ConfigError, require, require_at_least, spell
 from chargpt.figures import PAGE, PAPER, Theme, new_figure
 from chargpt.process import lock
 from chargpt.records import read_run
-from chargpt.space import Parameter, Space, read_space, spell, to_wandb_sweep
+from chargpt.space import Parameter, Space, read_space, to_wandb_sweep
 
 SHOWN = 10  # trials in the terminal
 ENOUGH = 6  # finished trials, to say what mattered

@@ -13,7 +13,6 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chargpt.cli import explain
-from chargpt.config import CONFIGS, Config, ConfigError, did_you_mean, option_names, parse, register, require
+from chargpt.config import CONFIGS, Config, ConfigError, did_you_mean, option_names, parse, register, require, spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +139,6 @@ def option_type(name: str) -> tuple[type, ...]:
         raise ConfigError(f"{name}: is a group of options; name one of them")
     is_union = isinstance(kind, types.UnionType)
     return tuple(typing.get_args(kind)) if is_union else (kind,)
-
-
-def spell(value: Any) -> str:
-    """A value as an override has it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return value.name if isinstance(value, Enum) else repr(value) if isinstance(value, float) else str(value)
 
 
 @functools.cache
