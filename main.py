@@ -23,13 +23,12 @@ def run(composed: DictConfig) -> float:
 
         return resume(cli.run_directory(), cli.task_overrides())
     settings = config.parse(composed)
-    from chargpt.run import resume, train  # JAX and all that follow: a typo was answered before them
-
     if config.in_sweep():
-        return sweep.run_job(settings, cli.run_directory(), train, resume)
+        return sweep.run_job(settings, cli.run_directory(), *sweep.runners())
+    from chargpt.run import train  # JAX and all that follow: a typo was answered before them
+
     return train(settings, cli.run_directory())
 
 
 if __name__ == "__main__":
-    config.register()
     sys.exit(cli.report_errors(main, sweep.report))

@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
         batches = [int(number) for number in arguments.pop().removeprefix("batches=").split(",")]
     sizes = read_sizes(arguments, dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1, rounds=4))
     rounds, seq_len = sizes.pop("rounds"), sizes["seq_len"]
-    models = {kind.name: init_state(make_config(sizes, kind), VOCABULARY).model for kind in AttentionType}
+    models = {kind.name: init_state(make_config(sizes, kind), VOCABULARY, 0).model for kind in AttentionType}
     bandwidth = measure_bandwidth()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; {sizes}")
     print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s")

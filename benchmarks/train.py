@@ -16,23 +16,19 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydra import compose, initialize_config_dir
 from peers import STEPS_PER_CALL, VOCABULARY, flat_arm, torch_arm, torch_models
 
-from chargpt import config as chargpt_config
 from chargpt.config import AttentionType, Config
 from chargpt.flops import flops_per_token
 from chargpt.machine import measure_peak_flops, memory_bytes
 from chargpt.parallel import choose_devices, offer_cpu_devices
+from chargpt.space import compose_config
 from chargpt.train import compute_dtype, init_state, train_steps
-
-CONFIGS = str(Path(__file__).parents[1] / "configs")
 
 
 def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> Config:
@@ -44,9 +40,7 @@ def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> 
         f"dataset.seq_len={sizes['seq_len']}",
         f"trainer.batch_size={sizes['batch_size']}",
     ]
-    chargpt_config.register()
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return chargpt_config.parse(compose("default", [*sizes_as_overrides, *overrides]))
+    return compose_config((*sizes_as_overrides, *overrides))
 
 
 class Arm:
@@ -54,10 +48,10 @@ class Arm:
 
     def __init__(self, config: Config, tokens: jax.Array):
         devices = choose_devices(config.trainer)
-        tokens, state = devices.replicate((tokens, init_state(config, VOCABULARY)))
+        tokens, state = devices.replicate((tokens, init_state(config, VOCABULARY, config.seed)))
         self.flops_per_token = flops_per_token(state.model, config.model, config.dataset.seq_len)
         steps = eqx.filter_jit(
-            lambda tokens, s: train_steps(s, tokens, config, STEPS_PER_CALL, devices), donate="all-except-first"
+            lambda tokens, s: train_steps(s, tokens, config.seed, config, STEPS_PER_CALL, devices), donate="all-except-first"
         )
         begin = time.perf_counter()
         self._steps = steps.lower(tokens, state).compile()

@@ -42,7 +42,6 @@ SMALL = [
 
 def make_config(*overrides: str) -> config.Config:
     """configs/default.yaml with overrides, as main.py composes it."""
-    config.register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return config.parse(compose("default", list(overrides)))
 

@@ -632,7 +632,6 @@ def test_no_name_leaves_its_folder(name):
 
 
 def run_dir(*overrides: str) -> str:
-    config.register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose("default", list(overrides), return_hydra_config=True).hydra.run.dir
 

@@ -25,7 +25,7 @@ def devices_of(*overrides: str) -> Devices:
 
 
 def initial(config: Config) -> TrainState:
-    return eqx.filter_jit(lambda: init_state(config, VOCAB))()
+    return eqx.filter_jit(lambda: init_state(config, VOCAB, config.seed))()
 
 
 def weights_of(state: TrainState) -> list[jax.Array]:
@@ -45,7 +45,7 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
     assert len(devices) == 2
     state = initial(config)
     alone, shared = (
-        eqx.filter_jit(lambda arrays, d=d: train_step(state, arrays, config, d))(tokens)
+        eqx.filter_jit(lambda arrays, d=d: train_step(state, arrays, config.seed, config, d))(tokens)
         for d, tokens in ((None, TOKENS), (devices, devices.replicate(TOKENS)))
     )
     np.testing.assert_allclose(shared[1].loss, alone[1].loss, rtol=1e-5)
@@ -62,7 +62,9 @@ def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
     config = shared_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
     devices = choose_devices(config.trainer)
     state = devices.replicate(initial(config))
-    state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config, 3, devices))(state, devices.replicate(TOKENS))
+    state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config.seed, config, 3, devices))(
+        state, devices.replicate(TOKENS)
+    )
     assert metrics.loss.shape == (3,)
     arrays = eqx.filter(state, eqx.is_array)
     for leaf in jax.tree.leaves(arrays):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,29 @@ import pytest
 from conftest import small_config
 from fake_runs import make_run
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from chargpt import sweep
 from chargpt.cli import RunFailed
 from chargpt.config import ConfigError, run_group, run_name, sweep_dir
 from chargpt.records import read_config
+
+
+@pytest.fixture
+def hydra_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes Hydra's own configuration look as in a run, or in a job of a sweep, of these overrides."""
+
+    def make(task: list[str], sweep_of: list[str] | None = None) -> None:
+        mode = "RUN" if sweep_of is None else "MULTIRUN"
+        text = {"hydra": {"overrides": {"task": sweep_of or []}}}
+        (tmp_path / "multirun.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
+        launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+        hydra = {"overrides": {"task": task}, "mode": RunMode[mode], "sweep": {"dir": str(tmp_path)}, "launcher": launcher}
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": hydra}))
+
+    return make
+
 
 SETTINGS = ["trainer.num_steps=100", "optimizer.warmup_steps=5"]
 
@@ -88,8 +106,9 @@ def test_a_job_that_is_half_done_resumes(tmp_path: Path, damage: str) -> None:
 
 
 def test_another_configuration_in_the_directory_is_refused_and_the_other_jobs_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hydra_job: Any
 ) -> None:
+    hydra_job([], [])
     run = finished(tmp_path)
     loss, calls = job(run, "optimizer.learning_rate=1e-4")
     assert loss == math.inf and not calls.trained and not calls.resumed
@@ -103,11 +122,14 @@ def test_the_mode_of_logging_does_not_make_another_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ConfigError("odd"), RunFailed("not finite"), MemoryError(), ValueError("a\nb")])
-def test_a_job_that_fails_is_noted_and_stops_nothing_and_is_tried_again(tmp_path: Path, error: Exception) -> None:
+def test_a_job_that_fails_is_noted_and_stops_nothing_and_is_tried_again(
+    tmp_path: Path, error: Exception, hydra_job: Any
+) -> None:
+    hydra_job(["seed=1"], ["seed=0,1"])
     loss, _ = job(tmp_path, error=error)
     assert loss == math.inf
-    note = (tmp_path / sweep.FAILED).read_text()
-    assert note.startswith(type(error).__name__) and note.count("\n") == 1
+    reason, command = (tmp_path / sweep.FAILED).read_text().splitlines()
+    assert reason.startswith(type(error).__name__) and command.startswith("python main.py seed=1 ")
     loss, calls = job(tmp_path)
     assert loss == 1.5 and calls.trained == [tmp_path] and not (tmp_path / sweep.FAILED).exists()
 
@@ -119,32 +141,33 @@ def test_ctrl_c_and_a_signal_that_a_run_obeyed_end_the_sweep(tmp_path: Path) -> 
 
 
 def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, hydra_job: Any
 ) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", "--multirun", "seed=0,1,2"])
     folder = tmp_path / "a sweep"
     done = finished(folder)
-    for number, overrides in ((1, ["seed=1", "wandb.name=it's"]), (2, ["seed=2"]), (10, ["seed=10"])):
-        (folder / f"{number}_standard").mkdir()
-        job(folder / f"{number}_standard", error=RunFailed(f"reason {number}"))
-        (folder / f"{number}_standard" / ".hydra").mkdir()
-        (folder / f"{number}_standard" / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    (folder / "2_standard" / "checkpoints").mkdir(parents=True)
+    (folder / "2_standard" / "checkpoints" / "last.eqx").touch()
+    for number, overrides in ((1, ["seed=1", "launcher=joblib", "wandb.name=typed"]), (2, ["seed=2"]), (10, ["seed=10"])):
+        (folder / f"{number}_standard" / ".hydra").mkdir(parents=True)
+        hydra_job(overrides, [])
+        job(folder / f"{number}_standard", "wandb.name='it\\'s'", error=RunFailed(f"reason {number}"))
     (done / ".hydra").mkdir()
     (done / sweep.FAILED).write_text("what failed once and then did not\n")
-    (folder / "2_standard" / "checkpoints").mkdir()
-    (folder / "2_standard" / "checkpoints" / "last.eqx").touch()
+    (folder / "11_standard" / ".hydra").mkdir(parents=True)  # its process was killed
     capsys.readouterr()
     sweep.started.append(folder)
     assert sweep.report() == 1
     out = capsys.readouterr().out
     failed = [line.rpartition("/")[2] for line in out.splitlines() if line.startswith("failed: ")]
     assert failed == [f"{number}_standard: RunFailed: reason {number}" for number in (1, 2, 10)]
-    commands = [line.strip() for line in out.splitlines() if line.startswith("  rerun: ")]
-    assert commands[0] == (
-        f"rerun: python main.py seed=1 'wandb.name=it'\"'\"'s' hydra.mode=RUN 'hydra.run.dir={folder / '1_standard'}'"
-    )
-    assert commands[1] == f"rerun: python main.py resume='{folder / '2_standard'}'"
-    assert "3 of 4 jobs failed" in out and out.splitlines()[-1].strip() == "python main.py --multirun seed=0,1,2"
+    commands = [line.partition("rerun: ")[2] for line in out.splitlines() if line.startswith("  rerun: ")]
+    run_dir = f"hydra.run.dir='{folder / '1_standard'}'"
+    names = [r"wandb.name='it\'s'", f"wandb.group='{tmp_path.name}'"]
+    assert shlex.split(commands[0]) == ["python", "main.py", "seed=1", *names, "hydra.mode=RUN", run_dir]
+    assert shlex.split(commands[1]) == ["python", "main.py", f"resume='{folder / '2_standard'}'"]
+    assert f"not finished: {folder / '11_standard'}" in out
+    assert "4 of 5 jobs are not done" in out and out.splitlines()[-1].strip() == "python main.py --multirun seed=0,1,2"
     assert (folder / "comparison.html").is_file() and f"best run: {done}" in out
     assert sweep.report() == 0 and sweep.started == []
 
@@ -155,22 +178,6 @@ def test_the_same_command_has_the_same_folder_and_another_one_another() -> None:
     assert folder == Path(sweep_dir([*command, "mode=online"])) and folder.parent == Path("multirun")
     assert folder.name.startswith("compare-mha_type=mla,mqa-")
     assert len({sweep_dir(c) for c in (command, command[:2], ["experiment=compare", "seed=0,1"], [])}) == 4
-
-
-@pytest.fixture
-def hydra_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes Hydra's own configuration look as in a run, or in a job of a sweep, of these overrides."""
-
-    def make(task: list[str], sweep_of: list[str] | None = None) -> None:
-        mode = "RUN" if sweep_of is None else "MULTIRUN"
-        text = {"hydra": {"overrides": {"task": sweep_of or []}}}
-        (tmp_path / "multirun.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
-        from hydra.types import RunMode
-
-        hydra = {"overrides": {"task": task}, "mode": RunMode[mode], "sweep": {"dir": str(tmp_path)}}
-        monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": hydra}))
-
-    return make
 
 
 def test_a_run_is_named_by_what_sets_it_apart_and_grouped_with_its_other_seeds(hydra_job: Any) -> None:

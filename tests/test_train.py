@@ -27,11 +27,11 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 600), jnp.
 
 
 def start(config: Config) -> TrainState:
-    return eqx.filter_jit(lambda: init_state(config, VOCABULARY))()
+    return eqx.filter_jit(lambda: init_state(config, VOCABULARY, config.seed))()
 
 
 def compiled(config: Config, num_steps: int):
-    return eqx.filter_jit(lambda state, tokens: train_steps(state, tokens, config, num_steps))
+    return eqx.filter_jit(lambda state, tokens: train_steps(state, tokens, config.seed, config, num_steps))
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -97,7 +97,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
 def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> None:
     config = small_config("dataset.sampling=epochs")
-    draw = jax.jit(lambda key, step: draw_batch(TOKENS, key, step, config))
+    draw = jax.jit(lambda key, step: draw_batch(TOKENS, key, step, config.seed, config))
     batches = [draw(jax.random.key(step % 2), jnp.asarray(step)) for step in (0, 5, 6, 5)]
     assert_equal(batches[1], draw(jax.random.key(7), jnp.asarray(5)))
     assert_equal(batches[1], batches[3])
@@ -149,7 +149,7 @@ def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
         "optimizer.ema_decay=0.8",
     )
     tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
-    steps = eqx.filter_jit(lambda tokens, state: train_steps(state, tokens, config, 40), donate="all-except-first")
+    steps = eqx.filter_jit(lambda tokens, state: train_steps(state, tokens, config.seed, config, 40), donate="all-except-first")
     state = start(config)
     text = steps.lower(tokens, state).as_text()
     assert "stablehlo.scatter" not in text and "stablehlo.case" not in text

@@ -66,7 +66,7 @@ def assert_round_trip(tmp_path: Path, *overrides: str) -> None:
     file, state = export(tmp_path, *overrides)
     again = tmp_path / "again"
     assert run_tool(["import", f"file={file}", f"run={again}"]) == 0
-    fresh = eqx.filter_jit(lambda: init_state(config, len(VOCABULARY)))()
+    fresh = eqx.filter_jit(lambda: init_state(config, len(VOCABULARY), config.seed))()
     for name in ("best", "last"):
         found, header = checkpoint.load(again / "checkpoints" / f"{name}.eqx")
         assert jax.tree.structure(found) == jax.tree.structure(state)

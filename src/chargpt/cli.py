@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from enum import Enum
@@ -64,21 +65,24 @@ def report_errors(main: Callable[[], Any], report: Callable[[], int]) -> int:
     Expected errors become one line, unexpected ones keep their traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    code: Any = 0
     try:
-        try:
-            main()
-        except SystemExit:  # a signal that a job obeyed ends the sweep
-            report()
-            raise
-        return report()
+        main()
+    except SystemExit as end:  # a signal that a job obeyed ends the sweep
+        code = end.code
     except (ConfigError, RunFailed, HydraException, OmegaConfBaseException) as error:
-        return fail(error)
+        code = fail(error)
     except KeyboardInterrupt:  # a second Ctrl-C
         return 128 + signal.SIGINT
     except OSError as error:
         if error.filename is None:
             raise
-        return fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
+        code = fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
+    except Exception:  # a launcher's, where a job's process died; what is done is shown below
+        traceback.print_exc()
+        code = 1
+    failed = report()
+    return code or failed
 
 
 def explain(error: Exception) -> str:
@@ -88,6 +92,9 @@ def explain(error: Exception) -> str:
         return text
     if resolving := re.search(r"ConfigError raised while resolving interpolation: (.*)", text):
         return resolving.group(1)
+    if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", text):
+        extra = {"joblib": "joblib", "submitit": "slurm"}[missing.group(1)]
+        return f"launcher={extra}: is not installed; write pip install -e '.[{extra}]'"
     cause = str(error.__cause__ or "")
     if unknown := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", cause or text):
         full_key = re.search(r"full_key: (\S+)", cause or text)

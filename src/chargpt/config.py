@@ -347,17 +347,6 @@ class Config:
         )
 
 
-def register() -> None:
-    """Make the schema known to Hydra, and the resolvers that configs/default.yaml uses to place a run."""
-    ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("slug", slug, replace=True)
-    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("run_group", run_group, replace=True)
-    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
-    OmegaConf.register_new_resolver("hydra_files", lambda resume: ".hydra" if resume is None else None, replace=True)
-
-
 def run_dir(resume: str | None, fresh: str) -> str:
     """Where a run lives: the directory that it continues in, or a fresh one."""
     if resume is None:
@@ -366,7 +355,7 @@ def run_dir(resume: str | None, fresh: str) -> str:
     return resume
 
 
-UNTOLD = re.compile(r"[+~]|(mode|resume|experiment)=|wandb\.|dataset\.file")  # not in a run's name
+UNTOLD = re.compile(r"[+~]|(mode|resume|experiment|launcher)=|wandb\.|dataset\.file")  # not in a run's name
 
 
 def run_name(base: Any) -> str:
@@ -392,7 +381,7 @@ def run_group(name: str) -> str:
 
 def sweep_dir(overrides: Iterable[str]) -> str:
     """Where a sweep lives: it follows from what was typed, so that the same command goes on with it."""
-    typed = " ".join(setting for setting in overrides if not setting.startswith("mode="))  # where it is logged changes no job
+    typed = " ".join(setting for setting in overrides if not setting.startswith(("mode=", "launcher=")))  # they change no job
     short = re.sub(r"\b(experiment=|model\.|trainer\.|optimizer\.|dataset\.)", "", typed)
     return f"multirun/{slug(short)[:48]}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
 
@@ -468,3 +457,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     last_part = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
     near = (last_part if len(last_part) == 1 else []) or near
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def hydra_files(resume: str | None) -> str | None:
+    """Where Hydra writes its files: a resumed run keeps those of its beginning."""
+    return ".hydra" if resume is None else None
+
+
+# Known to Hydra as soon as this is imported: a job of a sweep may be composed in a process that never sees main.py.
+ConfigStore.instance().store(name="schema", node=Config)
+for resolver in (slug, run_dir, run_name, run_group, sweep_dir, hydra_files):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -20,10 +20,14 @@ def lock(run_dir: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
+SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what a cluster's scheduler warns with
+
+
 class StopSignal:
     """Asks for a stop at the next boundary on SIGINT, SIGTERM or SIGUSR1; a second SIGINT stops at once.
 
-    `number` is the signal that came, or None.
+    `number` is the signal that came, or None. A scheduler's own handler has its turn once the block has ended and all is
+    saved: submitit queues the job anew on SIGUSR2.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -32,12 +36,16 @@ class StopSignal:
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._scheduler = {number: handler for number in SCHEDULERS if callable(handler := signal.getsignal(number))}
+        watched = {*self.SIGNALS, *self._scheduler}
+        self._previous = {number: signal.signal(number, self._handle) for number in watched}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.number in self._scheduler:
+            self._scheduler[self.number](self.number, None)
 
     def _handle(self, number: int, _frame: object) -> None:
         if number == self.number == signal.SIGINT:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import OmegaConf
 
-from chargpt import checkpoint
+from chargpt import checkpoint, compilation
 from chargpt.cli import RunFailed
 from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
 from chargpt.console import RunConsole
@@ -59,7 +59,7 @@ def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
     """
     console = RunConsole()
     offer_cpu_devices()
-    with lock(run_dir), StopSignal() as stop:
+    with lock(run_dir), compilation.kept_executables(console.say), StopSignal() as stop:
         if (run_dir / "metrics.jsonl").exists():
             raise ConfigError(f"{run_dir}: already holds a run; write resume={run_dir}, or another hydra.run.dir=DIR")
         return Run(config, run_dir, load_corpus(config.dataset), console, watch=watch).train(stop)
@@ -69,7 +69,7 @@ def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) 
     """Go on with the run in `run_dir`, its configuration changed by `overrides` alone; otherwise as `train`."""
     console = RunConsole()
     offer_cpu_devices()
-    with lock(run_dir), StopSignal() as stop:
+    with lock(run_dir), compilation.kept_executables(console.say), StopSignal() as stop:
         config, restored = restore(run_dir, overrides, console.say)
         corpus = load_corpus(config.dataset)
         if restored is not None:
@@ -115,8 +115,10 @@ class Run:
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self.state: TrainState
+        seed = jnp.uint32(config.seed)
         if restored is None:
-            self.state = eqx.filter_jit(lambda: init_state(config, len(corpus.tokenizer)), compiler_options=RUNS_ONCE)()
+            make = eqx.filter_jit(lambda seed: init_state(config, len(corpus.tokenizer), seed), compiler_options=RUNS_ONCE)
+            self.state = make(seed)
         else:
             self.state, header = restored
             self.step, self.seconds_before = header.step, header.seconds
@@ -134,7 +136,7 @@ class Run:
         self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
         self.peak_flops = measure_peak_flops(self.dtype) * (len(self.devices) if jax.default_backend() == "gpu" else 1)
         self.flops_per_token = flops_per_token(model, config.model, config.dataset.seq_len)
-        self.tokens = self.devices.replicate(jnp.asarray(corpus.train))
+        self.data = self.devices.replicate((jnp.asarray(corpus.train), seed))
         self.val_windows = make_windows(corpus.val, config.dataset.seq_len, config.trainer.eval_tokens)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         checkpoint.write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
@@ -170,7 +172,7 @@ class Run:
         pending: Chunk | None = None
         while self.step < trainer.num_steps and stop.number is None and not self.given_up:
             num_steps = self._next_boundary() - self.step
-            self.state, metrics = self.compiled[num_steps](self.tokens, self.state)
+            self.state, metrics = self.compiled[num_steps](self.data, self.state)
             self.step += num_steps
             chunk = Chunk(self.step, num_steps, metrics, time.perf_counter())
             if pending is not None:
@@ -201,21 +203,23 @@ class Run:
 
     def _compile(self) -> None:
         """Compile the chunk of every length that the run will need."""
-        begin, here = time.perf_counter(), self.step
+        begin, here, reads = time.perf_counter(), self.step, compilation.reads
         self.compiled: dict[int, Any] = {}
         while self.step < self.config.trainer.num_steps:
             length = self._next_boundary() - self.step
             if length not in self.compiled:
                 steps = eqx.filter_jit(
-                    lambda tokens, state, n=length: train_steps(state, tokens, self.config, n, self.devices),
+                    lambda data, state, n=length: train_steps(state, *data, self.config, n, self.devices),
                     donate="all-except-first",
                 )
-                self.compiled[length] = steps.lower(self.tokens, self.state).compile()
+                self.compiled[length] = steps.lower(self.data, self.state).compile()
             self.step += length
         self.step = here
         self.compile_seconds = time.perf_counter() - begin
         self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
-        self.console.say(f"compiled the training step in {self.compile_seconds:.1f} s\n")
+        self.compile_cached = compilation.reads > reads
+        how = "read the compiled training step" if self.compile_cached else "compiled the training step"
+        self.console.say(f"{how} in {self.compile_seconds:.1f} s\n")
 
     def _fetch(self, chunk: Chunk) -> dict[str, int | float]:
         """Wait for a chunk's metrics, as a line for metrics.jsonl; RunFailed after too many skipped steps in a row."""
@@ -338,6 +342,7 @@ class Run:
             "decode_tokens_per_second": self.decode_speed,
             "peak_memory_bytes": self.memory_bytes,
             "compile_seconds": self.compile_seconds,
+            "compile_cached": self.compile_cached,  # read, and not compiled, in those seconds
             "train_seconds": self._seconds(),
             **self._derived(),
         }

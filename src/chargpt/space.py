@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chargpt.cli import explain
-from chargpt.config import CONFIGS, Config, ConfigError, did_you_mean, option_names, parse, register, require, spell
+from chargpt.config import CONFIGS, Config, ConfigError, did_you_mean, option_names, parse, require, spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,6 @@ def option_type(name: str) -> tuple[type, ...]:
 @functools.cache
 def compose_config(overrides: tuple[str, ...]) -> Config:
     """The configuration that main.py would compose; ConfigError where it would refuse."""
-    register()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return parse(compose("default", list(overrides)))

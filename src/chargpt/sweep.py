@@ -4,43 +4,97 @@ The same command continues a sweep: a job that is done is skipped, one that was 
 that failed is tried again, and neither stops the others. It holds for every Hydra launcher, because it is the job that looks.
 """
 
+import contextlib
 import dataclasses
 import math
-import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from chargpt.cli import RunFailed, fail
-from chargpt.config import Config, ConfigError, require
+from chargpt import workers
+from chargpt.cli import RunFailed, fail, task_overrides
+from chargpt.config import Config, ConfigError, parse, require
+from chargpt.process import lock
 from chargpt.records import natural, read_run, runs_under
 
-FAILED = "failed.txt"  # in a job's directory: why it ended
+FAILED = "failed.txt"  # in a job's directory: why it ended, and the command that runs it by itself
 started: list[Path] = []  # the folder of the sweep that this process began
+stopped: list[int] = []  # the signal that ends it
+
+Train = Callable[[Config, Path], float]
+Resume = Callable[[Path, Sequence[str]], float]
 
 
 class SweepCallback(Callback):
-    """Fixes the sweep's folder before Hydra composes its jobs, each of which would derive one of its own."""
+    """Looks at a sweep before Hydra does: checks its jobs, and fixes its folder, of which each job would derive its own."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = str(config.hydra.sweep.dir)
         with open_dict(config):
             config.hydra.sweep.dir = folder
-            quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-            config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, f"hydra.sweep.dir='{quoted}'"]
+            config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, f"hydra.sweep.dir={workers.quoted(folder)}"]
+        try:
+            check_jobs(config)
+        except ConfigError as error:
+            sys.exit(fail(error))
         started.append(Path(folder))
+        if workers.launches_workers(config.hydra):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop_workers)
 
 
-def run_job(
-    settings: Config, run_dir: Path, train: Callable[[Config, Path], float], resume: Callable[[Path, Sequence[str]], float]
-) -> float:
+def check_jobs(config: DictConfig) -> None:
+    """ConfigError where the configuration of any job breaks a rule; what Hydra itself refuses is left to it."""
+    if config.hydra.sweeper["_target_"] != BasicSweeperConf._target_:
+        return  # it alone knows its jobs
+    loader = GlobalHydra.instance().config_loader()
+    given = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
+    with contextlib.suppress(HydraException, OmegaConfBaseException):
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *config.hydra.overrides.task])
+        (jobs,) = BasicSweeper.split_arguments(overrides, None)
+        for number, job in enumerate(jobs):
+            composed = loader.load_sweep_config(config, job)
+            with open_dict(composed):
+                del composed["hydra"]
+                composed.wandb.name = composed.wandb.group = "job"  # its own follow from files that are not there yet
+            try:
+                parse(composed)
+            except ConfigError as error:
+                raise ConfigError(f"job {number} ({' '.join(job)}): {error}") from None
+
+
+def stop_workers(number: int, _frame: object) -> None:
+    """Let the jobs of this sweep save and end; the second time, end at once."""
+    if stopped:
+        raise KeyboardInterrupt
+    stopped.append(number)
+    print("stopping: the jobs save and end; a second Ctrl-C ends at once", flush=True)
+    workers.stop_all(started[-1])
+
+
+def runners() -> tuple[Train, Resume]:
+    """How the jobs of this process's sweep are trained and resumed."""
+    if (worker := workers.worker()) is not None:
+        return worker.train, worker.resume
+    from chargpt.run import resume, train
+
+    return train, resume
+
+
+def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> float:
     """One job of a sweep: skipped, resumed or trained; its best validation loss, infinity where it failed."""
+    wait_for_others(run_dir)
     (run_dir / FAILED).unlink(missing_ok=True)
     try:
         if not (run_dir / "config.yaml").exists():
@@ -54,14 +108,36 @@ def run_job(
             print(f"{run_dir}: done before, best validation loss {record.number('best/val_loss'):.4f}", flush=True)
             return record.number("best/val_loss") or math.inf
         return resume(run_dir, [])
+    except SystemExit:
+        if workers.worker() is None:
+            raise
+        return math.inf  # its worker is stopped; the others save before the sweep ends
     except Exception as error:  # whatever it was, the other jobs run
         if isinstance(error, ConfigError | RunFailed):
             fail(error)
         else:
             traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
-        (run_dir / FAILED).write_text(f"{reason}\n", encoding="utf-8")
+        (run_dir / FAILED).write_text(f"{reason}\n{rerun_command(settings, run_dir)}\n", encoding="utf-8")
         return math.inf
+
+
+def wait_for_others(run_dir: Path) -> None:
+    """Until no process trains in `run_dir`: a job of the same sweep, begun before, ends there and need not be done again."""
+    try:
+        with lock(run_dir):
+            return
+    except ConfigError:
+        print(f"{run_dir}: another process trains in it: waiting", flush=True)
+    with lock(run_dir, wait=True):
+        pass
+
+
+def rerun_command(settings: Config, run_dir: Path) -> str:
+    """The job alone: resumed where it left a checkpoint, begun anew where not."""
+    if list((run_dir / "checkpoints").glob("*.eqx")):
+        return workers.command([f"resume={workers.quoted(str(run_dir))}"])
+    return workers.command(workers.alone(settings, run_dir, task_overrides()))
 
 
 def report() -> int:
@@ -71,28 +147,21 @@ def report() -> int:
     from chargpt import compare  # figures, and what they need
 
     folder = started.pop()
-    command = f"python main.py {shlex.join(sys.argv[1:])}"
-    failed = {run: (run / FAILED).read_text().strip() for run in job_folders(folder) if (run / FAILED).exists()}
-    failed = {run: why for run, why in failed.items() if not (runs_under(run) and read_run(run).finished)}
+    jobs = job_folders(folder)
+    open_jobs = [run for run in jobs if not (runs_under(run) and read_run(run).finished)]
     try:
         compare.compare(compare.CompareOptions(paths=(str(folder),), title=f"Sweep: {folder.name}"), ranked=True)
     except ConfigError as error:
         print(error)
-    for run, why in failed.items():
-        print(f"failed: {run}: {why}\n  rerun: {rerun_command(run)}")
-    if failed:
-        print(f"{len(failed)} of {len(job_folders(folder))} jobs failed; they are tried again by\n  {command}")
-    return 1 if failed else 0
+    for run in open_jobs:
+        why, _, rerun = (run / FAILED).read_text().partition("\n") if (run / FAILED).exists() else ("", "", "")
+        print(f"failed: {run}: {why}\n  rerun: {rerun.strip()}" if why else f"not finished: {run}")
+    if open_jobs:
+        print(f"{len(open_jobs)} of {len(jobs)} jobs are not done; the same command goes on with them:")
+        print(f"  {workers.command(sys.argv[1:])}")
+    return 128 + stopped[0] if stopped else int(bool(open_jobs))
 
 
 def job_folders(folder: Path) -> list[Path]:
     """Every job's directory that Hydra made, in order."""
     return sorted((path.parent for path in folder.glob("*/.hydra")), key=lambda path: natural(path.name))
-
-
-def rerun_command(run: Path) -> str:
-    """The job alone: resumed where it left a checkpoint, begun anew where not."""
-    if list((run / "checkpoints").glob("*.eqx")):
-        return f"python main.py resume={shlex.quote(str(run))}"
-    overrides = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
-    return f"python main.py {shlex.join([*overrides, 'hydra.mode=RUN', f'hydra.run.dir={run}'])}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from chargpt.config import Config, OptimizerName, Precision, Sampling
 from chargpt.corpus import Windows, epoch_batch, sample_batch
@@ -18,6 +18,7 @@ from chargpt.optimizer import make_optimizer, make_schedule
 from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
+Seed = UInt32[Array, ""] | int  # an array where compiled code is to serve all seeds
 
 EVAL_TOKENS_PER_BATCH = 16_384
 
@@ -56,14 +57,14 @@ class Stream(Enum):
     epoch = 3
 
 
-def random_key(seed: int, stream: Stream, step: Int[Array, ""] | int = 0) -> PRNGKeyArray:
+def random_key(seed: Seed, stream: Stream, step: Int[Array, ""] | int = 0) -> PRNGKeyArray:
     """The key of one purpose at one step: nothing random depends on what ran before."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream.value), step)
 
 
-def init_state(config: Config, vocab_size: int) -> TrainState:
+def init_state(config: Config, vocab_size: int, seed: Seed) -> TrainState:
     """The state before the first step: everything in it follows from the configuration and `seed`."""
-    model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(config.seed, Stream.init))
+    model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(seed, Stream.init))
     optimizer = make_optimizer(config.optimizer, config.trainer.num_steps)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
@@ -101,7 +102,7 @@ def loss_fn(
 
 
 def train_step(
-    state: TrainState, tokens: Int[Array, " corpus"], config: Config, devices: Devices | None = None
+    state: TrainState, tokens: Int[Array, " corpus"], seed: Seed, config: Config, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step. Batch and dropout follow from (seed, step) alone, so an interrupted run repeats them exactly.
 
@@ -109,8 +110,8 @@ def train_step(
     and their count stay bit for bit as they were.
     """
     trainer = config.trainer
-    batch_key, dropout_key = jax.random.split(random_key(config.seed, Stream.step, state.step))
-    inputs, targets = draw_batch(tokens, batch_key, state.step, config)
+    batch_key, dropout_key = jax.random.split(random_key(seed, Stream.step, state.step))
+    inputs, targets = draw_batch(tokens, batch_key, state.step, seed, config)
     loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config, devices)
     part_norms = gradient_norms(grads)
     grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
@@ -143,14 +144,14 @@ def train_step(
 
 
 def draw_batch(
-    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], config: Config
+    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], seed: Seed, config: Config
 ) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
     batch_size, seq_len = config.trainer.batch_size, config.dataset.seq_len
     match config.dataset.sampling:
         case Sampling.random:
             return sample_batch(tokens, key, batch_size, seq_len)
         case Sampling.epochs:
-            return epoch_batch(tokens, random_key(config.seed, Stream.epoch), step, batch_size, seq_len)
+            return epoch_batch(tokens, random_key(seed, Stream.epoch), step, batch_size, seq_len)
 
 
 def average(ema: GPT, model: GPT, decay: float, count: Int[Array, ""]) -> GPT:
@@ -219,13 +220,13 @@ def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 def train_steps(
-    state: TrainState, tokens: Int[Array, " corpus"], config: Config, num_steps: int, devices: Devices | None = None
+    state: TrainState, tokens: Int[Array, " corpus"], seed: Seed, config: Config, num_steps: int, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(arrays, _):
-        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, config, devices)
+        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, seed, config, devices)
         return eqx.filter(new_state, eqx.is_array), metrics
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)

@@ -16,14 +16,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from chargpt import checkpoint
 from chargpt.config import (
-    CONFIGS,
     Activation,
     AttentionType,
     Config,
@@ -33,13 +31,12 @@ from chargpt.config import (
     Norm,
     NormPosition,
     from_plain,
-    parse,
-    register,
     require,
     to_plain,
 )
 from chargpt.corpus import CharTokenizer, load_corpus
 from chargpt.model import GPT
+from chargpt.space import compose_config
 from chargpt.tools import Which, note, open_run
 from chargpt.train import Stream, TrainState, init_state, random_key
 
@@ -182,7 +179,7 @@ def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
     """The state before the first step with `model` in it; compiled, so that the random weights in its place are never made."""
 
     def put(model):
-        state = eqx.tree_at(lambda state: state.model, init_state(config, vocab_size), model)
+        state = eqx.tree_at(lambda state: state.model, init_state(config, vocab_size, config.seed), model)
         return state if state.ema is None else eqx.tree_at(lambda state: state.ema, state, model)
 
     return eqx.filter_jit(put)(model)
@@ -269,7 +266,7 @@ def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
     limit = llama.whole("max_position_embeddings", 2048)
     seq_len = limit if options.dataset_seq_len is None else options.dataset_seq_len
     require(1 <= seq_len <= limit, f"dataset.seq_len={seq_len}: must be in [1, {limit}], the file's max_position_embeddings")
-    base = default_config()
+    base = compose_config(("mode=offline",))
     dataset = DatasetConfig(
         name=options.dataset_name,
         filepath=options.dataset_filepath,
@@ -311,13 +308,6 @@ def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
     )
     config = dataclasses.replace(base, model=model, dataset=dataset, wandb=dataclasses.replace(base.wandb, name=kind.name))
     return fresh_header(config, corpus.tokenizer.vocabulary, corpus.sha256)
-
-
-def default_config() -> Config:
-    """configs/default.yaml as it is."""
-    register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose("default", ["mode=offline"]))
 
 
 class LlamaConfig:

@@ -1,0 +1,115 @@
+"""A sweep of twelve small jobs: what the compilation cache and the joblib launcher save, and what killing it costs.
+
+    python benchmarks/sweep.py                        # all four arms, about a quarter of an hour on 2 cores
+    python benchmarks/sweep.py arms=killed seed=1     # other moments
+
+Every arm is the same command, six attention types with two seeds each, in a folder of its own: `cold` without a compilation
+cache, `cached` with one that is empty at the start, `joblib` likewise, side by side, and `killed`: one job after another with
+such a cache, ended by SIGKILL three times at random moments and begun again each time. The arms must agree in every number of
+metrics.jsonl but the clock's, in every byte of the last checkpoint's leaves and in every sample; `killed` must not touch a job
+that was done. The exit code says whether they do.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from chargpt.checkpoint import read_header
+
+ROOT = Path(__file__).parents[1]
+SIZES = ["model.d_model=64", "model.num_layers=2", "trainer.num_steps=200", "optimizer.warmup_steps=20"]
+SIZES += ["trainer.log_every=25", "trainer.eval_every=100", "trainer.checkpoint_every=50", "trainer.eval_tokens=8192"]
+JOBS = ["model.mha_type=standard,selective,mqa,gqa,mla,equinox", "seed=0,1", "trainer.num_devices=1"]
+CLOCKS = ("trainer/seconds", "throughput/tokens_per_second", "throughput/mfu")
+KILLS = 3
+
+
+def start(folder: Path, launcher: str | None, cache: Path | None) -> subprocess.Popen[bytes]:
+    settings = [*SIZES, *JOBS, "mode=disabled", f"hydra.sweep.dir={folder}"] + ([f"launcher={launcher}"] if launcher else [])
+    keep = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with open(folder.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), "--multirun", *settings],
+            env=os.environ | keep,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def run(folder: Path, launcher: str | None = None, cache: Path | None = None) -> float:
+    """Seconds that the sweep took."""
+    begin = time.perf_counter()
+    code = start(folder, launcher, cache).wait()
+    assert code == 0, f"exit code {code}: {folder.with_suffix('.log')}"
+    return time.perf_counter() - begin
+
+
+def run_killed(folder: Path, cache: Path, longest: float) -> float:
+    """As `run`, with SIGKILL at random moments; AssertionError where a job that was done is touched again."""
+    begin = time.perf_counter()
+    for kill in range(KILLS):
+        process = start(folder, None, cache)
+        time.sleep(random.uniform(8, longest))
+        assert process.poll() is None, "the sweep was over before it was to be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done = {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
+        steps = [f"{path.parent.parent.name[:3]}@{read_header(path)[0].step}" for path in folder.glob("*/checkpoints/last.eqx")]
+        print(f"kill {kill + 1}: {len(done)} jobs done; checkpoints {' '.join(sorted(steps))}", flush=True)
+    run(folder, None, cache)
+    changed = [path for path, then in done.items() if path.stat().st_mtime_ns != then]
+    assert not changed, f"trained again: {changed}"
+    return time.perf_counter() - begin
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What each job came to, as one hash: metrics, leaves of the last checkpoint, samples."""
+    found = {}
+    for job in sorted(path.parent for path in folder.glob("*/summary.json")):
+        lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+        metrics = [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+        leaves = bytes(read_header(job / "checkpoints" / "last.eqx")[2])
+        content = json.dumps(metrics).encode() + leaves + (job / "samples.txt").read_bytes()
+        found[job.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    options = dict(argument.split("=", 1) for argument in arguments)
+    arms = options.get("arms", "cold,cached,joblib,killed").split(",")
+    random.seed(int(options.get("seed", 0)))
+    work = Path(tempfile.mkdtemp(prefix="chargpt-sweep-"))
+    seconds: dict[str, float] = {}
+    for arm in ["cached", *arms] if "cached" not in arms else arms:
+        cache = work / f"cache-{arm}"
+        if arm == "killed":
+            seconds[arm] = run_killed(work / arm, cache, seconds["cached"] / 2)
+        else:
+            launcher = "joblib" if arm == "joblib" else None
+            seconds[arm] = run(work / arm, launcher, None if arm == "cold" else cache)
+        print(f"{arm}: {seconds[arm]:.0f} s", flush=True)
+    expected = results(work / "cached")
+    print("\n| arm | seconds | of cold | jobs | equal to `cached` |\n|---|---|---|---|---|")
+    same = True
+    for arm, time_taken in seconds.items():
+        found = results(work / arm)
+        equal = [name for name in expected if found.get(name) == expected[name]]
+        ratio = f"{time_taken / seconds['cold']:.2f}" if "cold" in seconds else "-"
+        print(f"| {arm} | {time_taken:.0f} | {ratio} | {len(found)} | {len(equal)} of {len(expected)} |")
+        same &= len(expected) == len(equal) == len(found)
+    if same:
+        shutil.rmtree(work)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
