@@ -25,8 +25,8 @@ from pathlib import Path
 from chargpt.checkpoint import read_header
 
 ROOT = Path(__file__).parents[1]
-SIZES = ["model.d_model=64", "model.num_layers=2", "trainer.num_steps=200", "optimizer.warmup_steps=20"]
-SIZES += ["trainer.log_every=25", "trainer.eval_every=100", "trainer.checkpoint_every=50", "trainer.eval_tokens=8192"]
+SIZES = ["model.d_model=64", "model.num_layers=2", "trainer.num_steps=800"]
+SIZES += ["trainer.log_every=50", "trainer.eval_every=400", "trainer.checkpoint_every=100", "trainer.eval_tokens=8192"]
 JOBS = ["model.mha_type=standard,selective,mqa,gqa,mla,equinox", "seed=0,1", "trainer.num_devices=1"]
 CLOCKS = ("trainer/seconds", "throughput/tokens_per_second", "throughput/mfu")
 KILLS = 3
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     for arm in ["cached", *arms] if "cached" not in arms else arms:
         cache = work / f"cache-{arm}"
         if arm == "killed":
-            seconds[arm] = run_killed(work / arm, cache, seconds["cached"] / 2)
+            seconds[arm] = run_killed(work / arm, cache, seconds["cached"] / 4)
         else:
             launcher = "joblib" if arm == "joblib" else None
             seconds[arm] = run(work / arm, launcher, None if arm == "cold" else cache)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, make_config, small_config, time_limit
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -35,6 +36,7 @@ from chargpt.config import (
     flatten,
     from_plain,
     option_names,
+    quoted,
     slug,
     to_plain,
 )
@@ -604,7 +606,7 @@ def test_a_misspelt_choice_is_recognised():
     ("name", "folder"),
     [
         ("standard", "standard"),
-        ("lr=1e-3,seed=1_a.b", "lr=1e-3,seed=1_a.b"),
+        ("lr=1e-3,seed=1_a.b", "lr-1e-3-seed-1_a.b"),
         ("../../x", "x"),
         ("/etc/passwd", "etc-passwd"),
         ("a/../b", "a-..-b"),
@@ -627,8 +629,15 @@ def test_names_become_plain_folder_names(name, folder):
 @settings(deadline=None)
 @given(st.text())
 def test_no_name_leaves_its_folder(name):
-    assert re.fullmatch(r"[A-Za-z0-9_=,][A-Za-z0-9._=,-]{0,79}", slug(name))
+    assert re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,79}", slug(name))
     assert (Path("/parent") / slug(name)).resolve().parent == Path("/parent")
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_characters="\0\r\n")) | st.sampled_from(["null", "True", "1", "1e3", "a=b,c", "it's \\"]))
+def test_a_quoted_text_is_read_as_it_was(text):
+    (override,) = OverridesParser.create().parse_overrides([f"resume={quoted(text)}"])
+    assert override.value() == text and not override.is_sweep_override()
 
 
 def run_dir(*overrides: str) -> str:

@@ -1,64 +1,17 @@
 """The real programs, as a person starts them: main.py and chargpt, in a process of their own where that is what is tested."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from programs import DEBUG, LONG, assert_same_run, leaves_of, metrics, run, start, wait_for_step
 
 from chargpt import checkpoint, cli
-from chargpt.config import AttentionType, differences, from_plain
+from chargpt.config import differences, from_plain
 from chargpt.records import read_config
-
-DEBUG = ["experiment=debug", "mode=disabled"]
-LONG = [*DEBUG, "trainer.num_steps=100000", "trainer.log_every=20", "trainer.eval_every=40", "trainer.checkpoint_every=20"]
-
-
-def start(*arguments: str | Path, cwd: Path = ROOT, module: bool = False, **environment: str) -> subprocess.Popen[str]:
-    program = ["-m", "chargpt"] if module else [str(ROOT / "main.py")]
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "100", "JAX_NUM_CPU_DEVICES": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(*arguments: str | Path, code: int = 0, **options: object) -> tuple[str, str]:
-    """(standard output, standard error) of a program that must end with `code`."""
-    process = start(*arguments, **options)  # type: ignore[arg-type]
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
-    return out, err
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clock(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    clock = ("trainer/seconds", "throughput/tokens_per_second", "throughput/mfu")
-    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
-
-
-def leaves_of(run_dir: Path) -> bytes:
-    """The bytes of the last checkpoint's leaves, behind its header line."""
-    return bytes(checkpoint.read_header(run_dir / "checkpoints" / "last.eqx")[2])
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert leaves_of(one) == leaves_of(other)
-    assert without_clock(metrics(one)) == without_clock(metrics(other))
-    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +59,6 @@ def test_what_a_person_reads(finished: tuple[Path, str]) -> None:
     assert [text for text in expected if text not in out] == []
     assert "\x1b" not in out  # plain lines where there is no terminal
     assert max(map(len, out.splitlines())) <= 160
-
-
-def test_the_comparison_trains_all_six_types_and_ends_with_its_table_and_page(tmp_path: Path) -> None:
-    names = [kind.name for kind in AttentionType]
-    sizes = ["model.d_model=32", "model.num_layers=1", "model.num_heads=2", "dataset.seq_len=32", "optimizer.warmup_steps=5"]
-    sizes += ["trainer.num_steps=10", "trainer.batch_size=4", "trainer.sample_chars=0", "trainer.eval_tokens=2048"]
-    folder = tmp_path / "sweep"
-    out, _ = run("experiment=compare", "seed=0", "mode=disabled", *sizes, f"hydra.sweep.dir={folder}")
-    runs = [folder / f"{number}_{name}" for number, name in enumerate(names)]
-    summaries = [json.loads((path / "summary.json").read_text()) for path in runs]
-    assert [summary["mha_type"] for summary in summaries] == names
-    assert all(2.0 < summary["final/val_loss"] < 4.2 for summary in summaries)
-    settings = read_config(runs[1] / "config.yaml")
-    assert settings.wandb.name == "selective" and settings.wandb.group == "sweep" and settings.trainer.num_steps == 10
-    table = out[out.rindex("params B/token") :].splitlines()
-    assert [line.split()[0] for line in table[1:7]] != names and {line.split()[0] for line in table[1:7]} == set(names)
-    losses = [float(line.split()[2]) for line in table[1:7]]
-    assert losses == sorted(losses) and losses[0] == pytest.approx(min(s["best/val_loss"] for s in summaries), abs=5e-5)
-    for ending in (".html", ".md", ".csv", ".png"):
-        assert str(folder / f"comparison{ending}") in out and (folder / f"comparison{ending}").stat().st_size > 300
 
 
 BAD_INPUT = {  # a rule of each kind; test_config.py has them all
@@ -179,18 +112,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 INTERRUPTED = [*DEBUG, "model.dropout=0.1", "trainer.precision=bfloat16", "trainer.num_steps=160", "trainer.log_every=10"]
 INTERRUPTED += ["trainer.eval_every=40", "trainer.checkpoint_every=20", "model.mha_type=mqa"]
 INTERRUPTED += ["optimizer.name=muon", "optimizer.ema_decay=0.98", "dataset.sampling=epochs"]
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the run has logged `step`."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and f'"trainer/step": {step},' in path.read_text():
-            return
-        assert process.poll() is None, "".join(process.communicate())
-        time.sleep(0.01)
-    raise AssertionError("the run did not get there")
 
 
 def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(tmp_path: Path, reference: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_s
     assert state.averaged is state.ema and not np.array_equal(state.ema.embedding, state.model.embedding)
     without = eqx.tree_at(lambda s: s.ema, state, None)
     assert without.averaged is without.model
-    assert eqx.filter_eval_shape(init_state, small_config(), VOCABULARY).ema is None
+    assert eqx.filter_eval_shape(init_state, small_config(), VOCABULARY, 0).ema is None
 
 
 def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:

@@ -149,7 +149,7 @@ def load(path: Path) -> tuple[TrainState, Header]:
     """The state and header of a checkpoint; CheckpointError unless every leaf is exactly the one its header's model has."""
     header, leaves, body = read_header(path)
     try:
-        skeleton = eqx.filter_eval_shape(init_state, header.config, len(header.vocabulary))
+        skeleton = eqx.filter_eval_shape(init_state, header.config, len(header.vocabulary), header.config.seed)
     except Exception as error:
         raise CheckpointError(f"{path}: its configuration makes no model ({error})") from error
     expected = describe_leaves(skeleton)

@@ -387,8 +387,8 @@ def sweep_dir(overrides: Iterable[str]) -> str:
 
 
 def slug(name: str) -> str:
-    """`name` as a plain folder name: it can neither leave its parent nor carry control characters."""
-    return re.sub(r"[^A-Za-z0-9._=,-]+", "-", name).strip(".-")[:80] or "run"
+    """`name` as a plain folder name: it can neither leave its parent nor needs it quotes, for a shell or for Hydra."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip(".-")[:80] or "run"
 
 
 def parse(composed: DictConfig) -> Config:
@@ -438,6 +438,15 @@ def spell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     return value.name if isinstance(value, Enum) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override: in quotes where Hydra would read something else."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./+-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    # a backslash is one, but before a quotation mark it guards what follows
+    guarded = re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + end[2].replace("'", "\\'"), text)
+    return f"'{guarded}'"
 
 
 def option_names(schema: type = Config, prefix: str = "") -> list[str]:

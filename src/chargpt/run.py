@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from chargpt import checkpoint, compilation
 from chargpt.cli import RunFailed
-from chargpt.config import AttentionType, Config, ConfigError, differences, to_plain
+from chargpt.config import AttentionType, Config, ConfigError, differences, quoted, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
 from chargpt.flops import count_parameters, flops_per_token, kv_cache_bytes_per_token
@@ -46,7 +46,8 @@ from chargpt.train import (
 
 SAMPLE_TEMPERATURE = 0.8
 ENTROPY_WINDOWS = 8  # of the validation split
-RUNS_ONCE = {"xla_backend_optimization_level": 0}  # compiler options of what takes longer to optimise than to run
+# Compiler options of what takes longer to optimise than to run.
+RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 Watch = Callable[[int, float], bool]  # (step, validation loss), at every evaluation: whether to give the run up there
@@ -423,15 +424,16 @@ class Run:
             rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
         rows["figure"] = str(self.run_dir / "curves.png")
         here = Path.cwd()
-        where = shlex.quote(str(self.run_dir.relative_to(here) if self.run_dir.is_relative_to(here) else self.run_dir))
+        path = str(self.run_dir.relative_to(here) if self.run_dir.is_relative_to(here) else self.run_dir)
+        where, resume = shlex.quote(path), shlex.quote(f"resume={quoted(path)}")
         commands = {
             "write more text": f'chargpt sample run={where} prompt="HAMLET:"',
             "score another text": f"chargpt evaluate run={where} dataset.name=file dataset.filepath=TEXT",
         }
         if self.step < self.config.trainer.num_steps:
-            commands = {"go on": f"python main.py resume={where}"} | commands
+            commands = {"go on": f"python main.py {resume}"} | commands
         else:
-            commands["train longer"] = f"python main.py resume={where} trainer.num_steps={2 * self.step}"
+            commands["train longer"] = f"python main.py {resume} trainer.num_steps={2 * self.step}"
         if self.wandb.sync_command:
             commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
         self.console.show_end(rows, self.sample, commands)

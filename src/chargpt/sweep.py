@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from chargpt import workers
 from chargpt.cli import RunFailed, fail, task_overrides
-from chargpt.config import Config, ConfigError, parse, require
+from chargpt.config import Config, ConfigError, parse, quoted, require
 from chargpt.process import lock
 from chargpt.records import natural, read_run, runs_under
 
@@ -43,7 +43,7 @@ class SweepCallback(Callback):
         folder = str(config.hydra.sweep.dir)
         with open_dict(config):
             config.hydra.sweep.dir = folder
-            config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, f"hydra.sweep.dir={workers.quoted(folder)}"]
+            config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, f"hydra.sweep.dir={quoted(folder)}"]
         try:
             check_jobs(config)
         except ConfigError as error:
@@ -136,7 +136,7 @@ def wait_for_others(run_dir: Path) -> None:
 def rerun_command(settings: Config, run_dir: Path) -> str:
     """The job alone: resumed where it left a checkpoint, begun anew where not."""
     if list((run_dir / "checkpoints").glob("*.eqx")):
-        return workers.command([f"resume={workers.quoted(str(run_dir))}"])
+        return workers.command([f"resume={quoted(str(run_dir))}"])
     return workers.command(workers.alone(settings, run_dir, task_overrides()))
 
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from chargpt.cli import RunFailed, task_overrides
-from chargpt.config import Config, ConfigError, in_sweep
+from chargpt.config import Config, ConfigError, in_sweep, quoted
 from chargpt.process import lock
 from chargpt.records import read_run
 
@@ -161,11 +161,6 @@ def alone(settings: Config, run_dir: Path, overrides: Sequence[str]) -> list[str
     names = [f"wandb.name={quoted(settings.wandb.name)}", f"wandb.group={group}"]
     own = [override for override in overrides if not override.startswith(("wandb.name=", "wandb.group=", "launcher="))]
     return [*own, *names, "hydra.mode=RUN", f"hydra.run.dir={quoted(str(run_dir))}"]
-
-
-def quoted(text: str) -> str:
-    """`text` as one value of an override, whatever stands in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def command(arguments: Sequence[str]) -> str:
