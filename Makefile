@@ -43,7 +43,7 @@ bench: setup
 
 lock:
 	for extras in '' -cuda; do \
-		uv pip compile pyproject.toml --quiet --extra dev --extra dashboard --extra search $${extras:+--extra cuda} --universal --python-version 3.11 \
+		uv pip compile pyproject.toml --quiet --extra dev --extra dashboard --extra search --extra joblib --extra slurm $${extras:+--extra cuda} --universal --python-version 3.11 \
 			--fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate --no-header \
 			--output-file requirements$$extras.lock; \
 	done

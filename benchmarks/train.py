@@ -28,7 +28,7 @@ from chargpt.flops import flops_per_token
 from chargpt.machine import measure_peak_flops, memory_bytes
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.space import compose_config
-from chargpt.train import compute_dtype, init_state, train_steps
+from chargpt.train import compute_dtype, init_state, make_inputs, train_steps
 
 
 def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> Config:
@@ -48,19 +48,19 @@ class Arm:
 
     def __init__(self, config: Config, tokens: jax.Array):
         devices = choose_devices(config.trainer)
-        tokens, state = devices.replicate((tokens, init_state(config, VOCABULARY, config.seed)))
+        inputs, state = devices.replicate((make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed)))
         self.flops_per_token = flops_per_token(state.model, config.model, config.dataset.seq_len)
         steps = eqx.filter_jit(
-            lambda tokens, s: train_steps(s, tokens, config.seed, config, STEPS_PER_CALL, devices), donate="all-except-first"
+            lambda inputs, s: train_steps(s, inputs, config, STEPS_PER_CALL, devices), donate="all-except-first"
         )
         begin = time.perf_counter()
-        self._steps = steps.lower(tokens, state).compile()
+        self._steps = steps.lower(inputs, state).compile()
         self.compile_seconds = time.perf_counter() - begin
         self.megabytes = len(devices) * memory_bytes(self._steps) / 1e6
-        self._tokens, self._state = tokens, state
+        self._inputs, self._state = inputs, state
 
     def __call__(self) -> None:
-        self._state, metrics = self._steps(self._tokens, self._state)
+        self._state, metrics = self._steps(self._inputs, self._state)
         metrics.loss.block_until_ready()
 
 

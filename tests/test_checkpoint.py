@@ -60,7 +60,7 @@ def random_state(config: Config, seed: int = 0, step: int = 7, vocabulary: str =
             return leaf
         return jnp.array(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape))
 
-    return at_step(jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(vocabulary))), step)
+    return at_step(jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(vocabulary), 0)), step)
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
@@ -206,7 +206,7 @@ def test_the_optimizer_state_is_in_the_file(tiny_file: Path):
 def test_every_field_of_the_header_comes_back(changes: dict[str, Any], tmp_path: Path):
     config = tiny_config("wandb.name='ü ${not}'".replace("${not}", "$ {x}"), "wandb.tags=[a,'b c']", "wandb.entity=null")
     header = make_header(config, **changes)
-    state = eqx.filter_eval_shape(init_state, config, len(header.vocabulary))
+    state = eqx.filter_eval_shape(init_state, config, len(header.vocabulary), 0)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, state)
     checkpoint.save(tmp_path / "last.eqx", at_step(state, header.step), header)
     assert checkpoint.load(tmp_path / "last.eqx")[1] == header

@@ -83,7 +83,7 @@ def test_recording_ends_with_its_block_and_keeps_fused_kernels_out(monkeypatch: 
 
 def model_of(mha_type: AttentionType, *overrides: str) -> GPT:
     config = small_config(f"model.mha_type={mha_type.name}", *overrides)
-    return filled(eqx.filter_eval_shape(init_state, config, 11).model, 0.2)
+    return filled(eqx.filter_eval_shape(init_state, config, 11, 0).model, 0.2)
 
 
 def test_a_model_gives_the_weights_of_every_layer_and_its_entropies(mha_type: AttentionType) -> None:
@@ -128,7 +128,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for kind in AttentionType:
         config = small_config(f"model.mha_type={kind.name}", "model.num_layers=1")
-        state = filled(eqx.filter_eval_shape(init_state, config, 11), 0.2)
+        state = filled(eqx.filter_eval_shape(init_state, config, 11, 0), 0.2)
         state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(3, jnp.int32))
         run = folder / kind.name
         (run / "checkpoints").mkdir(parents=True)

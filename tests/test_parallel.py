@@ -10,7 +10,7 @@ from conftest import small_config
 from chargpt.config import AttentionType, Config, ConfigError
 from chargpt.corpus import make_windows
 from chargpt.parallel import Devices, choose_devices
-from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, train_step, train_steps
+from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, make_inputs, train_step, train_steps
 
 VOCAB = 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.int32)
@@ -45,8 +45,8 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
     assert len(devices) == 2
     state = initial(config)
     alone, shared = (
-        eqx.filter_jit(lambda arrays, d=d: train_step(state, arrays, config.seed, config, d))(tokens)
-        for d, tokens in ((None, TOKENS), (devices, devices.replicate(TOKENS)))
+        eqx.filter_jit(lambda inputs, d=d: train_step(state, inputs, config, d))(inputs)
+        for d, inputs in ((None, make_inputs(TOKENS, config)), (devices, devices.replicate(make_inputs(TOKENS, config))))
     )
     np.testing.assert_allclose(shared[1].loss, alone[1].loss, rtol=1e-5)
     np.testing.assert_allclose(shared[1].grad_norm, alone[1].grad_norm, rtol=1e-4)
@@ -62,9 +62,8 @@ def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
     config = shared_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
     devices = choose_devices(config.trainer)
     state = devices.replicate(initial(config))
-    state, metrics = eqx.filter_jit(lambda s, t: train_steps(s, t, config.seed, config, 3, devices))(
-        state, devices.replicate(TOKENS)
-    )
+    steps = eqx.filter_jit(lambda state, inputs: train_steps(state, inputs, config, 3, devices))
+    state, metrics = steps(state, devices.replicate(make_inputs(TOKENS, config)))
     assert metrics.loss.shape == (3,)
     arrays = eqx.filter(state, eqx.is_array)
     for leaf in jax.tree.leaves(arrays):

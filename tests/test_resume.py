@@ -713,17 +713,23 @@ def test_an_exception_restores_the_handlers_too():
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
-def test_a_handler_of_the_caller_comes_back():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_handler_of_the_caller_comes_back_and_a_schedulers_has_its_turn_once_all_is_saved(number: signal.Signals):
     came = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: came.append("caller"))
+    before = signal.signal(number, lambda *_: came.append("caller"))
+    turn = ["caller"] if number != signal.SIGTERM else []
     try:
         with StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        assert (stop.number, came) == (signal.SIGUSR1, [])
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert came == ["caller"]
+            os.kill(os.getpid(), number)
+            assert (stop.number, came) == (number, [])
+        assert came == turn
+        os.kill(os.getpid(), number)
+        assert came == [*turn, "caller"]
+        with StopSignal():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert came == [*turn, "caller"]  # it was not its signal
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
 
 
 def test_a_signal_in_the_middle_of_a_save_waits_for_it(run_dir: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from chargpt.train import (
     evaluate,
     init_state,
     loss_fn,
+    make_inputs,
     random_key,
     train_steps,
 )
@@ -31,7 +32,7 @@ def start(config: Config) -> TrainState:
 
 
 def compiled(config: Config, num_steps: int):
-    return eqx.filter_jit(lambda state, tokens: train_steps(state, tokens, config.seed, config, num_steps))
+    return eqx.filter_jit(lambda state, tokens: train_steps(state, make_inputs(tokens, config), config, num_steps))
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -97,7 +98,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
 def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> None:
     config = small_config("dataset.sampling=epochs")
-    draw = jax.jit(lambda key, step: draw_batch(TOKENS, key, step, config.seed, config))
+    draw = jax.jit(lambda key, step: draw_batch(make_inputs(TOKENS, config), key, step, config))
     batches = [draw(jax.random.key(step % 2), jnp.asarray(step)) for step in (0, 5, 6, 5)]
     assert_equal(batches[1], draw(jax.random.key(7), jnp.asarray(5)))
     assert_equal(batches[1], batches[3])
@@ -112,6 +113,28 @@ def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> N
     _, metrics = compiled(config, 1)(state, TOKENS)
     expected = eqx.filter_jit(loss_fn)(state.model, *batches[1], None, jnp.float32)
     np.testing.assert_allclose(metrics.loss[0], expected, rtol=1e-6)
+
+
+def test_what_is_compiled_serves_every_seed_and_all_that_searches_vary(mha_type: AttentionType) -> None:
+    """The jobs of a sweep that differ in these numbers compile once: they are inputs, and nothing else knows them."""
+    one = ["seed=1", "trainer.num_steps=50", "optimizer.learning_rate=1e-2", "optimizer.weight_decay=0.2"]
+    one += ["optimizer.warmup_steps=7", "optimizer.final_lr_fraction=0.3"]
+    texts = []
+    for numbers in ([], one):
+        config = small_config(f"model.mha_type={mha_type.name}", "model.num_layers=1", "dataset.sampling=epochs", *numbers)
+        inputs = make_inputs(TOKENS, config)
+        make = eqx.filter_jit(lambda seed, c=config: init_state(c, VOCABULARY, seed))
+        state = eqx.filter_eval_shape(make, inputs.seed)
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf, state)
+        steps = eqx.filter_jit(lambda state, inputs, c=config: train_steps(state, inputs, c, 2))
+        texts.append(make.lower(inputs.seed).as_text() + steps.lower(state, inputs).as_text())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_a_seed_gives_the_same_key_as_a_number_and_as_an_input(seed: int) -> None:
+    keys = [jax.random.key_data(random_key(form, Stream.step, 7)) for form in (seed, jnp.uint32(seed))]
+    assert (keys[0] == keys[1]).all()
 
 
 def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_steps() -> None:
@@ -149,11 +172,12 @@ def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
         "optimizer.ema_decay=0.8",
     )
     tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
-    steps = eqx.filter_jit(lambda tokens, state: train_steps(state, tokens, config.seed, config, 40), donate="all-except-first")
+    steps = eqx.filter_jit(lambda inputs, state: train_steps(state, inputs, config, 40), donate="all-except-first")
+    inputs = make_inputs(tokens, config)
     state = start(config)
-    text = steps.lower(tokens, state).as_text()
+    text = steps.lower(inputs, state).as_text()
     assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
-    state, metrics = steps(tokens, state)
+    state, metrics = steps(inputs, state)
     assert float(metrics.loss[0]) == pytest.approx(np.log(VOCABULARY), rel=1e-6)
     assert float(metrics.loss[-1]) < 0.5 * float(metrics.loss[0])
     windows = make_windows(np.asarray(tokens[:200]), config.dataset.seq_len)

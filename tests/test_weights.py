@@ -36,7 +36,7 @@ def random_state(config: Config, step: int = 7) -> TrainState:
             return leaf
         return jnp.array(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape))
 
-    state = jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(VOCABULARY)))
+    state = jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(VOCABULARY), 0))
     return eqx.tree_at(lambda s: s.step, state, jnp.array(step, jnp.int32))
 
 
@@ -155,7 +155,7 @@ class Foreign:
         config = small_config(*LLAMA, *overrides)
         rng = np.random.default_rng(0)
         shapes, rest = eqx.partition(
-            eqx.filter_eval_shape(init_state, config, len(VOCABULARY)).model,
+            eqx.filter_eval_shape(init_state, config, len(VOCABULARY), 0).model,
             lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
         )
         numbers = jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), jnp.float32), shapes)

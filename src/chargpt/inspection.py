@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chargpt import page
+from chargpt.compilation import kept_executables
 from chargpt.config import ConfigError, require
 from chargpt.corpus import CharTokenizer
 from chargpt.figures import PAGE, PAPER, Theme, new_figure, to_png
@@ -54,6 +55,7 @@ class Reading:
         return -(weights * np.log(weights)).sum(-1).mean(-1)
 
 
+@kept_executables(note)
 def inspect(options: InspectOptions) -> None:
     """Write the PNG and the page; print the entropies."""
     readings = read_all(options)

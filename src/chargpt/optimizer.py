@@ -1,7 +1,7 @@
 """The optimizer of a run: optax, put together."""
 
-import dataclasses
-import math
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -9,26 +9,49 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from chargpt.attention import AbstractAttention, MultiHeadLatentAttention, SelectiveAttention
 from chargpt.config import OptimizerConfig, OptimizerName, Schedule
 
+# What searches vary. A compiled step takes these numbers as its input, so that it serves whole searches.
+NUMBERS = ("learning_rate", "adam_learning_rate", "weight_decay", "warmup_steps", "decay_fraction", "final_lr_fraction")
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay (a linear tail), or constant."""
-    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_lr_fraction, config.warmup_steps
-    after = max(1, num_steps - warmup)
-    match config.schedule:
-        case Schedule.cosine:
-            body = optax.cosine_decay_schedule(peak, after, alpha=config.final_lr_fraction)
-        case Schedule.wsd:
-            decay = max(1, math.ceil(after * config.decay_fraction))
-            body = optax.linear_schedule(peak, final, decay, transition_begin=after - decay)
-        case Schedule.constant:
-            body = optax.constant_schedule(peak)
-    # The first step already moves: warm-up runs over 1/(w+1) … w/(w+1) of the peak.
-    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), body], [warmup])
+
+def numbers_of(config: OptimizerConfig) -> dict[str, Float[Array, ""]]:
+    """Those of NUMBERS that are set, as arrays."""
+    values = {name: getattr(config, name) for name in NUMBERS}
+    return {name: jnp.float32(value) for name, value in values.items() if value is not None}
+
+
+def with_numbers(config: OptimizerConfig, numbers: Mapping[str, Float[Array, ""] | float]) -> OptimizerConfig:
+    """`config` with arrays in place of its numbers; they are those of a configuration whose rules have been checked."""
+    config = copy.copy(config)
+    for name, value in numbers.items():
+        setattr(config, name, value)
+    return config
+
+
+def make_schedule(config: OptimizerConfig, num_steps: Float[Array, ""] | int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay (a linear tail), or constant.
+
+    The first step already moves: warm-up runs over 1/(w+1) … w/(w+1) of the peak.
+    """
+    warmup, final = config.warmup_steps, config.final_lr_fraction
+
+    def learning_rate(count: Int[Array, "..."]) -> Float[Array, "..."]:
+        done, after = count - warmup, jnp.maximum(1, num_steps - warmup)  # steps since the end of warm-up, of all
+        match config.schedule:
+            case Schedule.cosine:
+                body = final + (1 - final) * (1 + jnp.cos(jnp.pi * jnp.clip(done / after, 0, 1))) / 2
+            case Schedule.wsd:
+                decay = jnp.maximum(1, after * config.decay_fraction)
+                body = 1 - (1 - final) * jnp.clip((done - (after - decay)) / decay, 0, 1)
+            case Schedule.constant:
+                body = 1.0
+        return config.learning_rate * jnp.where(done < 0, (count + 1) / (warmup + 1), body)
+
+    return learning_rate
 
 
 def is_linear(node: Any) -> bool:
@@ -89,7 +112,7 @@ def on_split(optimizer: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformation(lambda params: optimizer.init(split_fused(params)), update)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, num_steps: Float[Array, ""] | int) -> optax.GradientTransformation:
     """Gradient clipping by global norm, then AdamW (arXiv 1711.05101), or Muon, under the schedule.
 
     Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the nearest orthogonal
@@ -105,7 +128,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
                 schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
             )
         case OptimizerName.muon:
-            rest = dataclasses.replace(config, learning_rate=config.adam_learning_rate or config.learning_rate)
+            own = config.adam_learning_rate
+            rest = config if own is None else with_numbers(config, {"learning_rate": own})
             muon = optax.contrib.muon(
                 schedule,
                 ns_steps=config.newton_schulz_steps,

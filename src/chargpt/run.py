@@ -13,7 +13,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from omegaconf import OmegaConf
 
@@ -40,6 +39,7 @@ from chargpt.train import (
     eval_batch_size,
     evaluate,
     init_state,
+    make_inputs,
     random_key,
     train_steps,
 )
@@ -116,10 +116,10 @@ class Run:
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self.state: TrainState
-        seed = jnp.uint32(config.seed)
+        self.inputs = make_inputs(corpus.train, config)
         if restored is None:
             make = eqx.filter_jit(lambda seed: init_state(config, len(corpus.tokenizer), seed), compiler_options=RUNS_ONCE)
-            self.state = make(seed)
+            self.state = make(self.inputs.seed)
         else:
             self.state, header = restored
             self.step, self.seconds_before = header.step, header.seconds
@@ -137,7 +137,7 @@ class Run:
         self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
         self.peak_flops = measure_peak_flops(self.dtype) * (len(self.devices) if jax.default_backend() == "gpu" else 1)
         self.flops_per_token = flops_per_token(model, config.model, config.dataset.seq_len)
-        self.data = self.devices.replicate((jnp.asarray(corpus.train), seed))
+        self.inputs = self.devices.replicate(self.inputs)
         self.val_windows = make_windows(corpus.val, config.dataset.seq_len, config.trainer.eval_tokens)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         checkpoint.write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
@@ -173,7 +173,7 @@ class Run:
         pending: Chunk | None = None
         while self.step < trainer.num_steps and stop.number is None and not self.given_up:
             num_steps = self._next_boundary() - self.step
-            self.state, metrics = self.compiled[num_steps](self.data, self.state)
+            self.state, metrics = self.compiled[num_steps](self.inputs, self.state)
             self.step += num_steps
             chunk = Chunk(self.step, num_steps, metrics, time.perf_counter())
             if pending is not None:
@@ -210,10 +210,10 @@ class Run:
             length = self._next_boundary() - self.step
             if length not in self.compiled:
                 steps = eqx.filter_jit(
-                    lambda data, state, n=length: train_steps(state, *data, self.config, n, self.devices),
+                    lambda inputs, state, n=length: train_steps(state, inputs, self.config, n, self.devices),
                     donate="all-except-first",
                 )
-                self.compiled[length] = steps.lower(self.data, self.state).compile()
+                self.compiled[length] = steps.lower(self.inputs, self.state).compile()
             self.step += length
         self.step = here
         self.compile_seconds = time.perf_counter() - begin

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from chargpt import checkpoint
+from chargpt.compilation import kept_executables
 from chargpt.config import ConfigError, DatasetConfig, DatasetName, require, require_at_least, require_between
 from chargpt.corpus import CharTokenizer, load_corpus, make_windows, read_text
 from chargpt.flops import kv_cache_bytes_per_token
@@ -54,6 +55,12 @@ class EvaluateOptions:
     dataset_filepath: str | None = None  # with dataset.name=file
 
 
+def note(message: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr)
+
+
+@kept_executables(note)
 def sample(options: SampleOptions) -> None:
     """Stream samples to standard output; everything else goes to standard error."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
@@ -89,6 +96,7 @@ def sample(options: SampleOptions) -> None:
         sys.stdout.write((options.prompt + tokenizer.decode(text)).lstrip("\n") + "\n\n")
 
 
+@kept_executables(note)
 def evaluate_run(options: EvaluateOptions) -> None:
     """Print the scores of a saved model, one per line."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
@@ -137,8 +145,3 @@ def open_run(run: str | None, which: Which) -> tuple[Path, TrainState, checkpoin
     except checkpoint.CheckpointError as error:
         raise ConfigError(str(error)) from None
     return path.parents[1], state, header
-
-
-def note(message: str) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(message, file=sys.stderr)

@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 from chargpt.config import Config, OptimizerName, Precision, Sampling
 from chargpt.corpus import Windows, epoch_batch, sample_batch
 from chargpt.model import GPT
-from chargpt.optimizer import make_optimizer, make_schedule
+from chargpt.optimizer import make_optimizer, make_schedule, numbers_of, with_numbers
 from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
-Seed = UInt32[Array, ""] | int  # an array where compiled code is to serve all seeds
+Seed = UInt32[Array, ""] | int
 
 EVAL_TOKENS_PER_BATCH = 16_384
 
@@ -37,6 +37,21 @@ class TrainState(eqx.Module):
     def averaged(self) -> GPT:
         """The model to evaluate, sample from and export: the average where there is one."""
         return self.model if self.ema is None else self.ema
+
+
+class Inputs(eqx.Module):
+    """What a compiled step is told, not made for: runs that differ in these alone share what is compiled."""
+
+    tokens: Int[Array, " corpus"]
+    seed: UInt32[Array, ""]
+    num_steps: Float[Array, ""]
+    numbers: dict[str, Float[Array, ""]]  # of the optimizer
+
+
+def make_inputs(tokens: Int[Any, " corpus"], config: Config) -> Inputs:
+    """The inputs of a run on `tokens`, the training split."""
+    seed, num_steps = jnp.uint32(config.seed), jnp.float32(config.trainer.num_steps)
+    return Inputs(jnp.asarray(tokens), seed, num_steps, numbers_of(config.optimizer))
 
 
 class StepMetrics(eqx.Module):
@@ -102,22 +117,22 @@ def loss_fn(
 
 
 def train_step(
-    state: TrainState, tokens: Int[Array, " corpus"], seed: Seed, config: Config, devices: Devices | None = None
+    state: TrainState, inputs: Inputs, config: Config, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step. Batch and dropout follow from (seed, step) alone, so an interrupted run repeats them exactly.
 
     `devices` share the batch; the rest each of them does alike. Where loss or gradient is not finite, parameters, moments
     and their count stay bit for bit as they were.
     """
-    trainer = config.trainer
-    batch_key, dropout_key = jax.random.split(random_key(seed, Stream.step, state.step))
-    inputs, targets = draw_batch(tokens, batch_key, state.step, seed, config)
-    loss, grads = accumulate_gradients(state.model, inputs, targets, dropout_key, config, devices)
+    batch_key, dropout_key = jax.random.split(random_key(inputs.seed, Stream.step, state.step))
+    batch = draw_batch(inputs, batch_key, state.step, config)
+    loss, grads = accumulate_gradients(state.model, *batch, dropout_key, config, devices)
     part_norms = gradient_norms(grads)
     grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    optimizer = make_optimizer(config.optimizer, trainer.num_steps)
+    settings = with_numbers(config.optimizer, inputs.numbers)
+    optimizer = make_optimizer(settings, inputs.num_steps)
     params = eqx.filter(state.model, eqx.is_inexact_array)
     if devices is not None and config.optimizer.name is OptimizerName.muon:
         grads = devices.split_layers(grads)  # orthogonalising is dear: each device does some layers
@@ -138,20 +153,20 @@ def train_step(
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )
-    schedule = make_schedule(config.optimizer, trainer.num_steps)
+    schedule = make_schedule(settings, inputs.num_steps)
     learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
     return new_state, StepMetrics(loss, grad_norm, part_norms, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
 
 
 def draw_batch(
-    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], seed: Seed, config: Config
+    inputs: Inputs, key: PRNGKeyArray, step: Int[Array, ""], config: Config
 ) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
     batch_size, seq_len = config.trainer.batch_size, config.dataset.seq_len
     match config.dataset.sampling:
         case Sampling.random:
-            return sample_batch(tokens, key, batch_size, seq_len)
+            return sample_batch(inputs.tokens, key, batch_size, seq_len)
         case Sampling.epochs:
-            return epoch_batch(tokens, random_key(seed, Stream.epoch), step, batch_size, seq_len)
+            return epoch_batch(inputs.tokens, random_key(inputs.seed, Stream.epoch), step, batch_size, seq_len)
 
 
 def average(ema: GPT, model: GPT, decay: float, count: Int[Array, ""]) -> GPT:
@@ -220,13 +235,13 @@ def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
 
 
 def train_steps(
-    state: TrainState, tokens: Int[Array, " corpus"], seed: Seed, config: Config, num_steps: int, devices: Devices | None = None
+    state: TrainState, inputs: Inputs, config: Config, num_steps: int, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(arrays, _):
-        new_state, metrics = train_step(eqx.combine(arrays, static), tokens, seed, config, devices)
+        new_state, metrics = train_step(eqx.combine(arrays, static), inputs, config, devices)
         return eqx.filter(new_state, eqx.is_array), metrics
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
