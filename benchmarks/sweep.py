@@ -1,13 +1,13 @@
 """A sweep of twelve small jobs: what the compilation cache and the joblib launcher save, and what killing it costs.
 
-    python benchmarks/sweep.py                        # all four arms, about a quarter of an hour on 2 cores
+    python benchmarks/sweep.py                        # all arms, about a quarter of an hour on 2 cores
     python benchmarks/sweep.py arms=killed seed=1     # other moments
 
-Every arm is the same command, six attention types with two seeds each, in a folder of its own: `cold` without a compilation
-cache, `cached` with one that is empty at the start, `joblib` likewise, side by side, and `killed`: one job after another with
-such a cache, ended by SIGKILL three times at random moments and begun again each time. The arms must agree in every number of
-metrics.jsonl but the clock's, in every byte of the last checkpoint's leaves and in every sample; `killed` must not touch a job
-that was done. The exit code says whether they do.
+Every arm is the same command, six attention types with two seeds each, in a folder of its own. `cold`: without a compilation
+cache. `cached`: with one that is empty at the start. `again`: with what `cached` left there. `side by side, …`: with
+launcher=joblib. `killed`: as `cached`, ended by SIGKILL three times at random moments and begun again each time. All must
+agree in every number of metrics.jsonl but the clock's, in every byte of the last checkpoint's leaves and in every sample, and
+`killed` must not touch a job that was done. The exit code says whether they do.
 """
 
 import hashlib
@@ -23,13 +23,22 @@ import time
 from pathlib import Path
 
 from chargpt.checkpoint import read_header
+from chargpt.config import slug
 
 ROOT = Path(__file__).parents[1]
-SIZES = ["model.d_model=64", "model.num_layers=2", "trainer.num_steps=800"]
-SIZES += ["trainer.log_every=50", "trainer.eval_every=400", "trainer.checkpoint_every=100", "trainer.eval_tokens=8192"]
+SIZES = ["model.d_model=64", "model.num_layers=2", "trainer.num_steps=300"]
+SIZES += ["trainer.log_every=50", "trainer.eval_every=150", "trainer.checkpoint_every=50", "trainer.eval_tokens=8192"]
 JOBS = ["model.mha_type=standard,selective,mqa,gqa,mla,equinox", "seed=0,1", "trainer.num_devices=1"]
 CLOCKS = ("trainer/seconds", "throughput/tokens_per_second", "throughput/mfu")
 KILLS = 3
+ARMS = {  # launcher, cache
+    "cold": (None, None),
+    "cached": (None, "one"),
+    "again": (None, "one"),
+    "side by side, cold": ("joblib", None),
+    "side by side, cached": ("joblib", "two"),
+    "killed": (None, "three"),
+}
 
 
 def start(folder: Path, launcher: str | None, cache: Path | None) -> subprocess.Popen[bytes]:
@@ -85,23 +94,21 @@ def results(folder: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     options = dict(argument.split("=", 1) for argument in arguments)
-    arms = options.get("arms", "cold,cached,joblib,killed").split(",")
+    arms = options["arms"].split(";") if "arms" in options else list(ARMS)
     random.seed(int(options.get("seed", 0)))
     work = Path(tempfile.mkdtemp(prefix="chargpt-sweep-"))
     seconds: dict[str, float] = {}
-    for arm in ["cached", *arms] if "cached" not in arms else arms:
-        cache = work / f"cache-{arm}"
-        if arm == "killed":
-            seconds[arm] = run_killed(work / arm, cache, seconds["cached"] / 4)
-        else:
-            launcher = "joblib" if arm == "joblib" else None
-            seconds[arm] = run(work / arm, launcher, None if arm == "cold" else cache)
+    for arm, (launcher, cache) in ARMS.items():
+        if arm != "cached" and arm not in arms:
+            continue
+        folder, kept = work / slug(arm), work / f"cache-{cache}" if cache else None
+        seconds[arm] = run_killed(folder, kept, seconds["cached"] / 4) if arm == "killed" else run(folder, launcher, kept)
         print(f"{arm}: {seconds[arm]:.0f} s", flush=True)
     expected = results(work / "cached")
     print("\n| arm | seconds | of cold | jobs | equal to `cached` |\n|---|---|---|---|---|")
     same = True
     for arm, time_taken in seconds.items():
-        found = results(work / arm)
+        found = results(work / slug(arm))
         equal = [name for name in expected if found.get(name) == expected[name]]
         ratio = f"{time_taken / seconds['cold']:.2f}" if "cold" in seconds else "-"
         print(f"| {arm} | {time_taken:.0f} | {ratio} | {len(found)} | {len(equal)} of {len(expected)} |")

@@ -55,6 +55,8 @@ class Calls:
     def resume(self, run_dir: Path, overrides: Any) -> float:
         assert list(overrides) == []
         self.resumed.append(run_dir)
+        if self.error:
+            raise self.error
         return 1.25
 
 
@@ -146,12 +148,15 @@ def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
     monkeypatch.setattr("sys.argv", ["main.py", "--multirun", "seed=0,1,2"])
     folder = tmp_path / "a sweep"
     done = finished(folder)
-    (folder / "2_standard" / "checkpoints").mkdir(parents=True)
-    (folder / "2_standard" / "checkpoints" / "last.eqx").touch()
+    (folder / "2_standard").mkdir()
+    named = "wandb.name='it\\'s'"
+    hydra_job([], [])
+    begun = OmegaConf.to_yaml(OmegaConf.structured(small_config(*SETTINGS, named)))
+    (folder / "2_standard" / "config.yaml").write_text(begun)
     for number, overrides in ((1, ["seed=1", "launcher=joblib", "wandb.name=typed"]), (2, ["seed=2"]), (10, ["seed=10"])):
         (folder / f"{number}_standard" / ".hydra").mkdir(parents=True)
         hydra_job(overrides, [])
-        job(folder / f"{number}_standard", "wandb.name='it\\'s'", error=RunFailed(f"reason {number}"))
+        job(folder / f"{number}_standard", named, error=RunFailed(f"reason {number}"))
     (done / ".hydra").mkdir()
     (done / sweep.FAILED).write_text("what failed once and then did not\n")
     (folder / "11_standard" / ".hydra").mkdir(parents=True)  # its process was killed

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 import typing
 from collections.abc import Callable
 from enum import Enum
@@ -23,6 +22,7 @@ from chargpt.config import ConfigError, did_you_mean, in_sweep, option_names
 Options = TypeVar("Options")
 
 PATHS = "paths"  # the field that takes arguments without a name
+LONGEST_REASON = 400  # characters of somebody else's error
 BAD_INPUT = 2  # the exit code of input that a person can mend
 
 
@@ -78,9 +78,11 @@ def report_errors(main: Callable[[], Any], report: Callable[[], int]) -> int:
         if error.filename is None:
             raise
         code = fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
-    except Exception:  # a launcher's, where a job's process died; what is done is shown below
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if not in_sweep():
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]  # no job's: those are noted by the job
+        code = fail(RunFailed(f"the launcher of the sweep failed: {reason}"))
     failed = report()
     return code or failed
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ class SearchOptions:
 
 def search(options: SearchOptions) -> None:
     """Run trials until the study has `num_trials`; then its table and its page."""
+    os.environ.pop("WANDB_RUN_ID", None)  # one W&B run for each trial
     space = read_space(Path(options.space))
     if options.write_wandb is not None:
         Path(options.write_wandb).write_text(yaml.safe_dump(to_wandb_sweep(space), sort_keys=False), encoding="utf-8")

@@ -7,6 +7,7 @@ that failed is tried again, and neither stops the others. It holds for every Hyd
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import traceback
@@ -85,6 +86,7 @@ def stop_workers(number: int, _frame: object) -> None:
 
 def runners() -> tuple[Train, Resume]:
     """How the jobs of this process's sweep are trained and resumed."""
+    os.environ.pop("WANDB_RUN_ID", None)  # one W&B run for each job
     if (worker := workers.worker()) is not None:
         return worker.train, worker.resume
     from chargpt.run import resume, train
@@ -134,8 +136,8 @@ def wait_for_others(run_dir: Path) -> None:
 
 
 def rerun_command(settings: Config, run_dir: Path) -> str:
-    """The job alone: resumed where it left a checkpoint, begun anew where not."""
-    if list((run_dir / "checkpoints").glob("*.eqx")):
+    """The job alone, as the sweep itself would try it again."""
+    if (run_dir / "config.yaml").exists():
         return workers.command([f"resume={quoted(str(run_dir))}"])
     return workers.command(workers.alone(settings, run_dir, task_overrides()))
 
