@@ -38,8 +38,9 @@ def test_the_gpus_are_those_that_the_driver_lists_or_the_user_allows(tmp_path: P
     assert workers.gpus() == ["0", "1"] and workers.jobs_at_once() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-7")
     assert workers.gpus() == ["3", "5", "GPU-7"] and workers.jobs_at_once() == 3
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.gpus() == []
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert workers.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.unlink()
     assert workers.gpus() == [] and 1 <= workers.jobs_at_once() <= (os.cpu_count() or 1)

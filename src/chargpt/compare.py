@@ -187,10 +187,10 @@ def to_csv(arms: Sequence[Arm]) -> str:
     numbers = ["best/val_loss", "best/step", "final/val_loss", *figures.COSTS, "flops_per_token", "compile_seconds"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "seed", *numbers, "path"])
+    writer.writerow(["arm", "seed", *numbers, "compile_cached", "path"])
     for arm in arms:
         for seed, run in sorted(arm.runs.items()):
-            writer.writerow([arm.name, seed, *map(run.number, numbers), run.path])
+            writer.writerow([arm.name, seed, *map(run.number, numbers), run.summary.get("compile_cached"), run.path])
     return buffer.getvalue()
 
 

@@ -45,12 +45,15 @@ class SweepCallback(Callback):
         with open_dict(config):
             config.hydra.sweep.dir = folder
             config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, f"hydra.sweep.dir={quoted(folder)}"]
+        side_by_side = workers.launches_workers(config.hydra)
         try:
+            if side_by_side:
+                workers.check(config.hydra.launcher)
             check_jobs(config)
         except ConfigError as error:
             sys.exit(fail(error))
         started.append(Path(folder))
-        if workers.launches_workers(config.hydra):
+        if side_by_side:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop_workers)
 
@@ -107,8 +110,9 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
             f"{run_dir}: holds a run of another configuration; write another hydra.sweep.dir=DIR",
         )
         if record.finished:
-            print(f"{run_dir}: done before, best validation loss {record.number('best/val_loss'):.4f}", flush=True)
-            return record.number("best/val_loss") or math.inf
+            loss = float(record.summary["best/val_loss"])
+            print(f"{run_dir}: done before, best validation loss {loss:.4f}", flush=True)
+            return loss
         return resume(run_dir, [])
     except SystemExit:
         if workers.worker() is None:

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from chargpt.cli import RunFailed, task_overrides
-from chargpt.config import Config, ConfigError, in_sweep, quoted
+from chargpt.config import Config, ConfigError, in_sweep, quoted, require
 from chargpt.process import lock
 from chargpt.records import read_run
 
@@ -44,7 +44,7 @@ def gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS", "cuda") == "cpu":
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name]
+        return [name for name in visible.split(",") if name and not name.startswith("-")]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -78,7 +78,7 @@ class Worker:
             try:
                 self._held.enter_context(lock(path))
                 break
-            except ConfigError:  # taken
+            except ConfigError:  # taken; at the worst by one of a sweep that was killed and is saving: then it is shared
                 continue
         (path / "process").write_text(str(os.getpid()))
         if found := gpus():
@@ -153,6 +153,14 @@ _worker: Worker | None = None
 def launches_workers(hydra: Any) -> bool:
     """Whether Hydra's configuration asks for the joblib launcher."""
     return "joblib" in str(hydra.launcher["_target_"])
+
+
+def check(launcher: Any) -> None:
+    """ConfigError where the launcher is told what it cannot do."""
+    require(
+        launcher.n_jobs >= 1,
+        f"hydra.launcher.n_jobs={launcher.n_jobs}: must be at least 1; leave it out for one on each GPU, or on each core",
+    )
 
 
 def alone(settings: Config, run_dir: Path, overrides: Sequence[str]) -> list[str]:
