@@ -31,4 +31,4 @@ def run(composed: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.report_errors(main, sweep.report))
+    sys.exit(cli.report_errors(main, sweep.report, sweep.under_way))

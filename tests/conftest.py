@@ -13,7 +13,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # the batch of a run is share
 # Compiling is most of what tests do: in their own process the optimizations that tiny sizes cannot use are left out.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 # What one test has compiled, another, or a program that a test starts, need not compile again.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -27,6 +27,11 @@ VOCABULARY = 20
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 600), jnp.int32)
 
 
+def one_layer(*overrides: str) -> Config:
+    """For what happens around the layers, not in them: half as much to compile."""
+    return small_config("model.num_layers=1", *overrides)
+
+
 def start(config: Config) -> TrainState:
     return eqx.filter_jit(lambda: init_state(config, VOCABULARY, config.seed))()
 
@@ -44,11 +49,11 @@ def assert_equal(a: object, b: object) -> None:
 
 @pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.name)
 def test_same_seed_same_curve_bit_for_bit_and_another_seed_another(precision: Precision) -> None:
-    config = small_config("model.dropout=0.1", f"trainer.precision={precision.name}")
+    config = one_layer("model.dropout=0.1", f"trainer.precision={precision.name}")
     steps = compiled(config, 6)
     first, second = (steps(start(config), TOKENS) for _ in range(2))
     assert_equal(first, second)
-    other = small_config("model.dropout=0.1", f"trainer.precision={precision.name}", "seed=1")
+    other = one_layer("model.dropout=0.1", f"trainer.precision={precision.name}", "seed=1")
     assert not np.array_equal(compiled(other, 6)(start(other), TOKENS)[1].loss, first[1].loss)
     leaves = jax.tree.leaves(eqx.filter(first[0].model, eqx.is_inexact_array))
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
@@ -71,8 +76,8 @@ def test_every_type_learns_a_repeating_text_however_its_steps_are_cut_into_chunk
 
 
 def test_gradient_accumulation_changes_memory_not_mathematics() -> None:
-    whole = small_config("trainer.batch_size=4")
-    parts = small_config("trainer.batch_size=4", "trainer.grad_accum_steps=4")
+    whole = one_layer("trainer.batch_size=4")
+    parts = one_layer("trainer.batch_size=4", "trainer.grad_accum_steps=4")
     state, metrics = compiled(whole, 1)(start(whole), TOKENS)
     other, other_metrics = compiled(parts, 1)(start(parts), TOKENS)
     np.testing.assert_allclose(other_metrics.loss, metrics.loss, rtol=1e-6)
@@ -82,7 +87,7 @@ def test_gradient_accumulation_changes_memory_not_mathematics() -> None:
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
-    config = small_config("optimizer.warmup_steps=0")
+    config = one_layer("optimizer.warmup_steps=0")
     good, _ = compiled(config, 2)(start(config), TOKENS)
     broken = eqx.tree_at(lambda s: s.model.embedding, good, good.model.embedding.at[0, 0].set(jnp.inf))
     state, metrics = compiled(config, 3)(broken, TOKENS)
@@ -97,7 +102,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
 
 def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> None:
-    config = small_config("dataset.sampling=epochs")
+    config = one_layer("dataset.sampling=epochs")
     draw = jax.jit(lambda key, step: draw_batch(make_inputs(TOKENS, config), key, step, config))
     batches = [draw(jax.random.key(step % 2), jnp.asarray(step)) for step in (0, 5, 6, 5)]
     assert_equal(batches[1], draw(jax.random.key(7), jnp.asarray(5)))
@@ -139,7 +144,7 @@ def test_a_seed_gives_the_same_key_as_a_number_and_as_an_input(seed: int) -> Non
 
 def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_steps() -> None:
     """ema_n+1 = d ema_n + (1 - d) weights_n+1 with d = min(ema_decay, (1 + n) / (10 + n)), n counting steps not skipped."""
-    config = small_config("optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1")
+    config = one_layer("optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1")
     state, step = start(config), compiled(config, 1)
     assert_equal(state.ema, state.model)
     expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eqx.filter(state.ema, eqx.is_array))]
@@ -185,7 +190,7 @@ def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_applied() -> None:
-    config = small_config("optimizer.warmup_steps=3", "optimizer.learning_rate=1e-2")
+    config = one_layer("optimizer.warmup_steps=3", "optimizer.learning_rate=1e-2")
     _, metrics = compiled(config, 4)(start(config), TOKENS)
     np.testing.assert_allclose(metrics.learning_rate, [2.5e-3, 5e-3, 7.5e-3, 1e-2], rtol=1e-6)
 
@@ -199,7 +204,7 @@ def test_cross_entropy_is_that_of_integer_labels() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_evaluation_is_the_mean_over_every_character_whatever_the_batch(batch_size: int) -> None:
-    config = small_config()
+    config = one_layer()
     model, length = start(config).model, config.dataset.seq_len
     split = np.asarray(TOKENS[:170])
     losses, correct = [], []
@@ -217,13 +222,13 @@ def test_evaluation_is_the_mean_over_every_character_whatever_the_batch(batch_si
 
 def test_the_compiled_step_has_no_scatter_and_no_conditional(mha_type: AttentionType) -> None:
     """A scatter-add over 65 rows is what makes a small vocabulary slow on a GPU; a conditional stops its pipeline."""
-    config = small_config(f"model.mha_type={mha_type.name}", "model.dropout=0.1")
+    config = one_layer(f"model.mha_type={mha_type.name}", "model.dropout=0.1")
     text = compiled(config, 2).lower(start(config), TOKENS).as_text()
     assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
 
 
 def test_in_bfloat16_every_matrix_product_of_the_step_has_bfloat16_operands(mha_type: AttentionType) -> None:
-    config = small_config(f"model.mha_type={mha_type.name}", "trainer.precision=bfloat16")
+    config = one_layer(f"model.mha_type={mha_type.name}", "trainer.precision=bfloat16")
     model = start(config).model
     inputs = TOKENS[:32].reshape(2, 16)
     gradient = eqx.filter_jit(eqx.filter_grad(lambda m: loss_fn(m, inputs, inputs, None, jnp.bfloat16)))

@@ -59,8 +59,8 @@ def single_run(function: Callable[..., Any], *arguments: Any) -> Any:
         sys.exit(fail(error))
 
 
-def report_errors(main: Callable[[], Any], report: Callable[[], int]) -> int:
-    """Run a Hydra main, then what a sweep has to report; the exit code.
+def report_errors(main: Callable[[], Any], report: Callable[[], int], sweeping: Callable[[], bool]) -> int:
+    """Run a Hydra main, then what a sweep has to report, if `sweeping`; the exit code.
 
     Expected errors become one line, unexpected ones keep their traceback.
     """
@@ -79,7 +79,7 @@ def report_errors(main: Callable[[], Any], report: Callable[[], int]) -> int:
             raise
         code = fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
     except Exception as error:
-        if not in_sweep():
+        if not sweeping():
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]  # no job's: those are noted by the job
         code = fail(RunFailed(f"the launcher of the sweep failed: {reason}"))

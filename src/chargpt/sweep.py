@@ -146,9 +146,14 @@ def rerun_command(settings: Config, run_dir: Path) -> str:
     return workers.command(workers.alone(settings, run_dir, task_overrides()))
 
 
+def under_way() -> bool:
+    """Whether this process began a sweep that is not reported yet."""
+    return bool(started)
+
+
 def report() -> int:
     """What the sweep of this process came to: table, page, what failed and how to go on; the exit code."""
-    if not started:
+    if not under_way():
         return 0
     from chargpt import compare  # figures, and what they need
 
