@@ -3,20 +3,26 @@
 import dataclasses
 import json
 import math
+import os
 import shlex
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import small_config
 from fake_runs import make_run
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from chargpt import sweep
-from chargpt.cli import RunFailed
-from chargpt.config import ConfigError, run_group, run_name, sweep_dir
+from chargpt.cli import RunFailed, explain
+from chargpt.config import CONFIGS, ConfigError, run_group, run_name, sweep_dir
+from chargpt.process import lock
 from chargpt.records import read_config
 
 
@@ -206,3 +212,42 @@ def test_without_hydra_a_run_is_named_by_its_type() -> None:
     config = small_config("model.mha_type=gqa", "seed=5")
     assert config.wandb.name == config.wandb.group == "gqa"
     assert dataclasses.asdict(config)["wandb"]["tags"] == []
+
+
+def test_a_job_that_another_process_trains_is_waited_for_and_not_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished(tmp_path)
+    held = threading.Event()
+
+    def other() -> None:
+        with lock(run):
+            held.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    begin = time.monotonic()
+    loss, calls = job(run)
+    thread.join()
+    assert time.monotonic() - begin > 0.3 and (calls.trained, calls.resumed, loss) == ([], [], 2.0)
+    said = capsys.readouterr().out.splitlines()
+    assert "another process trains in it: waiting" in said[0] and "done before" in said[1]
+
+
+def test_no_two_jobs_share_a_wandb_run(hydra_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "one for all")
+    hydra_job([], [])
+    sweep.runners()
+    assert "WANDB_RUN_ID" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("joblib", "joblib"), ("submitit_slurm", "slurm"), ("submitit_local", "slurm")]
+)
+def test_a_launcher_that_is_not_installed_is_named_with_what_to_write(launcher: str, extra: str) -> None:
+    with pytest.raises(MissingConfigException) as missing, initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        compose("default", ["hydra/launcher=none_such"])
+    text = str(missing.value).replace("none_such", launcher)
+    assert explain(HydraException(text)) == f"launcher={extra}: is not installed; write pip install -e '.[{extra}]'"

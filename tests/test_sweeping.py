@@ -130,3 +130,10 @@ def test_on_slurm_a_job_asks_for_what_the_launcher_file_says_and_a_refusal_is_on
     ):
         assert f"#SBATCH {option}\n" in asked, asked
     assert "--array=0-1%2" in asked and "--open-mode=append" in asked
+
+
+def test_a_combination_that_breaks_a_rule_is_named_before_any_job_begins(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    out, err = run("--multirun", *DEBUG, "seed=0,1", "model.num_heads=2,3", f"hydra.sweep.dir={folder}", code=2)
+    assert err.startswith("error: job 1 (") and "seed=0 model.num_heads=3): model.num_heads=3: does not divide" in err
+    assert err.count("\n") == 1 and out == "" and not folder.exists()

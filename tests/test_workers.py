@@ -1,15 +1,24 @@
 """Jobs side by side: what each has to itself, and the command that runs one alone."""
 
+import dataclasses
+import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, small_config
+from fake_runs import make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chargpt import workers
-from chargpt.config import Config
+from chargpt.cli import RunFailed
+from chargpt.config import Config, ConfigError
+from chargpt.process import lock
 from chargpt.space import compose_config
 
 
@@ -49,8 +58,6 @@ def test_the_gpus_are_those_that_the_driver_lists_or_the_user_allows(tmp_path: P
 @pytest.mark.parametrize("name", ["mla kv_lora_rank=8", "it's", 'a "b" \\', "{x: [1]}, y"])
 @pytest.mark.parametrize("group", ["a sweep", None])
 def test_a_job_alone_has_the_configuration_that_it_has_in_its_sweep(name: str, group: str | None) -> None:
-    import dataclasses
-
     settings = small_config("seed=3", "model.mha_type=mla")
     settings = dataclasses.replace(settings, wandb=dataclasses.replace(settings.wandb, name=name, group=group))
     typed = ["seed=3", "model.mha_type=mla", "wandb.name=typed", "launcher=joblib"]
@@ -63,3 +70,82 @@ def test_a_job_alone_has_the_configuration_that_it_has_in_its_sweep(name: str, g
 
 def test_main_is_where_workers_look_for_it() -> None:
     assert workers.MAIN == ROOT / "main.py"
+
+
+@pytest.fixture
+def worker() -> workers.Worker:
+    """One that has no launcher to watch, and takes no place from this process."""
+    worker = object.__new__(workers.Worker)
+    worker.job, worker.stopped, worker.environment = None, None, {"PLACE": "7"}
+    return worker
+
+
+def program(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something small in place of main.py."""
+    (folder / "program.py").write_text(f"import os, signal, sys, time\n{text}\n")
+    monkeypatch.setattr(workers, "MAIN", folder / "program.py")
+
+
+def test_a_job_has_its_place_its_output_is_kept_and_its_loss_comes_back(
+    tmp_path: Path, worker: workers.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "0_standard", val_losses=[2.5, 2.0])
+    program(tmp_path, "print(sys.argv[1:], os.environ['PLACE'])", monkeypatch)
+    assert worker.resume(run, ["seed=1"]) == json.loads((run / "summary.json").read_text())["best/val_loss"]
+    assert (run / workers.OUTPUT).read_text() == f"['resume={run}', 'seed=1'] 7\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("print('one'); sys.exit('error: seed=-1: is no seed')", "^seed=-1: is no seed$"),
+        ("sys.exit(3)", "^exit code 3$"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL; .*output.txt"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_why_a_job_failed_is_told(
+    text: str, reason: str, tmp_path: Path, worker: workers.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path, text, monkeypatch)
+    with pytest.raises(RunFailed, match=reason):
+        worker.resume(tmp_path, [])
+
+
+def test_a_worker_that_is_stopped_lets_its_job_save_and_begins_no_other(
+    tmp_path: Path, worker: workers.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(143)))"
+    program(tmp_path, f"os.chdir({str(tmp_path)!r})\n{save}\nopen('begun', 'a').write('x')\ntime.sleep(60)", monkeypatch)
+
+    def stop() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        worker.stop(signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            worker.resume(tmp_path, [])
+        assert ended.value.code == 128 + signal.SIGINT
+    thread.join()
+    assert (tmp_path / "saved").exists() and (tmp_path / "begun").read_text() == "x"
+
+
+def test_only_workers_that_are_there_are_asked_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *what: killed.append(what))
+    for place, process in enumerate((1001, 1002, 1003)):
+        (tmp_path / workers.PLACES / str(place)).mkdir(parents=True)
+        (tmp_path / workers.PLACES / str(place) / "process").write_text(str(process))
+    with lock(tmp_path / workers.PLACES / "1"):
+        workers.stop_all(tmp_path)
+    assert killed == [(1002, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_number_of_jobs_below_one_is_refused(number: int) -> None:
+    with pytest.raises(ConfigError, match=f"n_jobs={number}: must be at least 1; leave it out"):
+        workers.check(SimpleNamespace(n_jobs=number))
+    workers.check(SimpleNamespace(n_jobs=1))
