@@ -187,6 +187,17 @@ def test_a_study_finds_the_good_region_ends_poor_trials_early_and_goes_on_to_mor
     assert cli.run_tool([*arguments, "num_trials=25"]) == 0 and len(quick) == 25
 
 
+def test_with_a_seed_a_study_in_two_halves_asks_what_it_would_have_asked_at_once(tmp_path: Path, quick: list[str]) -> None:
+    asked = {}
+    for name, halves in (("at once", (4,)), ("halves", (2, 4))):
+        for number in halves:
+            command = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / name}", "seed=3", f"num_trials={number}"]
+            assert cli.run_tool(command) == 0
+        study = optuna.load_study(study_name="space", storage=f"sqlite:///{tmp_path / name / 'study.db'}")
+        asked[name] = [tuple(trial.params.values()) for trial in study.trials]
+    assert asked["at once"] == asked["halves"] and len(set(asked["halves"])) == 4
+
+
 def test_a_trial_that_was_cut_off_resumes_and_one_that_fails_is_counted(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

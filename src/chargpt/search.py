@@ -39,7 +39,7 @@ class SearchOptions:
     space: str = "configs/search/adamw.yaml"  # what to vary; configs/search/ has more
     num_trials: int = 20  # of the whole study: the same command goes on until there are so many
     out: str | None = None  # the study's folder; null = search/NAME-OF-SPACE
-    seed: int | None = None  # of the sampler; null = another one in each process
+    seed: int | None = None  # of the sampler; null = another one each time
     write_wandb: str | None = None  # write the space as a `wandb sweep` file instead
 
     def __post_init__(self) -> None:
@@ -57,11 +57,11 @@ def search(options: SearchOptions) -> None:
         return
     folder = Path(options.out or f"search/{space.name}")
     with lock(working(folder, "next"), wait=True):  # two processes must not make the tables at once
-        study = open_study(folder, space, options.seed)
+        study = open_study(folder, space)
     try:
         while True:
             with lock(working(folder, "next"), wait=True):  # one process at a time chooses what to do
-                claimed = claim(study, options.num_trials, folder)
+                claimed = claim(study, options, folder)
             if claimed is None:
                 break
             trial, held = claimed
@@ -71,7 +71,7 @@ def search(options: SearchOptions) -> None:
         report(study, space, folder)
 
 
-def open_study(folder: Path, space: Space, seed: int | None) -> Any:
+def open_study(folder: Path, space: Space) -> Any:
     """The study in `folder`, a new one if there is none; ConfigError where it searches another space."""
     try:
         import optuna
@@ -83,7 +83,6 @@ def open_study(folder: Path, space: Space, seed: int | None) -> Any:
         study_name=space.name,
         load_if_exists=True,
         direction="minimize",
-        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
     )
     content = json.dumps(dataclasses.asdict(space), sort_keys=True)
@@ -106,16 +105,20 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / f"trial_{number:04}"
 
 
-def claim(study: Any, num_trials: int, folder: Path) -> tuple[Any, contextlib.ExitStack] | None:
+def claim(study: Any, options: SearchOptions, folder: Path) -> tuple[Any, contextlib.ExitStack] | None:
     """(trial, its lock) of a trial left behind by a process that is gone, or of a new one; None where the study is complete."""
+    from optuna.samplers import TPESampler
     from optuna.trial import Trial, TrialState
 
     trials = study.get_trials(deepcopy=False)
     for frozen in trials:
         if frozen.state is TrialState.RUNNING and (held := try_lock(working(folder, str(frozen.number)))):
             return Trial(study, frozen._trial_id), held
-    if len(trials) >= num_trials:
+    if len(trials) >= options.num_trials:
         return None
+    # A sampler that begins anew would repeat itself: after a crash, and in each of several processes.
+    entropy = None if options.seed is None else [options.seed, len(trials)]
+    study.sampler = TPESampler(seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     trial = study.ask()
     held = try_lock(working(folder, str(trial.number)))
     assert held is not None  # its number is new
