@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -221,7 +222,7 @@ def show_value(value: Any) -> str:
 
 def blocks(study: Any, space: Space, folder: Path) -> list[str]:
     ranked, trials = complete(study), study.get_trials(deepcopy=False)
-    columns = ["trial", "best val loss", *(parameter.name for parameter in space.parameters)]
+    columns = ["trial", "best val loss", *(parameter.name.rpartition(".")[2] for parameter in space.parameters)]
     rows = [
         [(str(trial.number), trial.number), (f"{trial.value:.4f}", trial.value)]
         + [(show_value(trial.params.get(p.name)), trial.params.get(p.name)) for p in space.parameters]
@@ -263,6 +264,7 @@ def draw_history(trials: Sequence[Any], theme: Theme = PAPER) -> Figure:
     axes.plot(numbers, losses, "o", label="trial", **theme.style(0))
     axes.step(numbers, np.minimum.accumulate(losses), where="post", label="best so far", **theme.style(1))
     axes.set_xlabel("trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("best validation loss")
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
     return figure
