@@ -50,8 +50,12 @@ SMALL = [
 
 def make_config(*overrides: str) -> config.Config:
     """configs/default.yaml with overrides, as main.py composes it."""
+    return config.parse(compose_default(*overrides))
+
+
+def compose_default(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return config.parse(compose("default", list(overrides)))
+        return compose("default", list(overrides))
 
 
 def small_config(*overrides: str) -> config.Config:
@@ -61,16 +65,13 @@ def small_config(*overrides: str) -> config.Config:
     """
     if any(override.startswith(("experiment=", "+", "~")) for override in overrides):
         return make_config(*SMALL, *overrides)
-    composed = copy.deepcopy(compose_small())
+    composed = copy.deepcopy(composed_once(*SMALL))
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
     return config.parse(composed)
 
 
-@functools.cache
-def compose_small() -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("default", SMALL)
+composed_once = functools.cache(compose_default)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ import glob
 import importlib
 import os
 import re
+import shlex
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,11 @@ def run_directory() -> Path:
 def task_overrides() -> list[str]:
     """The overrides typed for this run, Hydra's own left out."""
     return list(HydraConfig.get().overrides.task)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """main.py with these overrides, as a person types it."""
+    return f"python main.py {shlex.join(arguments)}"
 
 
 def fail(error: Exception) -> int:

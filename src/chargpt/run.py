@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from chargpt import checkpoint, compilation
-from chargpt.cli import RunFailed
+from chargpt.cli import RunFailed, command
 from chargpt.config import AttentionType, Config, ConfigError, differences, quoted, to_plain
 from chargpt.console import RunConsole
 from chargpt.corpus import Corpus, load_corpus, make_windows
@@ -425,15 +425,15 @@ class Run:
         rows["figure"] = str(self.run_dir / "curves.png")
         here = Path.cwd()
         path = str(self.run_dir.relative_to(here) if self.run_dir.is_relative_to(here) else self.run_dir)
-        where, resume = shlex.quote(path), shlex.quote(f"resume={quoted(path)}")
+        where, resume = shlex.quote(path), f"resume={quoted(path)}"
         commands = {
             "write more text": f'chargpt sample run={where} prompt="HAMLET:"',
             "score another text": f"chargpt evaluate run={where} dataset.name=file dataset.filepath=TEXT",
         }
         if self.step < self.config.trainer.num_steps:
-            commands = {"go on": f"python main.py {resume}"} | commands
+            commands = {"go on": command([resume])} | commands
         else:
-            commands["train longer"] = f"python main.py {resume} trainer.num_steps={2 * self.step}"
+            commands["train longer"] = command([resume, f"trainer.num_steps={2 * self.step}"])
         if self.wandb.sync_command:
             commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
         self.console.show_end(rows, self.sample, commands)

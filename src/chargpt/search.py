@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chargpt import page
-from chargpt.cli import RunFailed
+from chargpt.cli import RunFailed, command
 from chargpt.config import ConfigError, require, require_at_least, spell
 from chargpt.figures import PAGE, PAPER, Theme, new_figure
 from chargpt.process import lock
@@ -210,7 +210,7 @@ def report(study: Any, space: Space, folder: Path) -> None:
     console.print(table)
     best = ranked[0]
     values = [f"{name}={spell(value)}" for name, value in best.params.items()]
-    print(f"best: {trial_folder(folder, best.number)}\npython main.py {shlex.join([*space.overrides, *values])}")
+    print(f"best: {trial_folder(folder, best.number)}\n{command([*space.overrides, *values])}")
     path = folder / "search.html"
     page.write_page(path, f"Search: {space.name}", f"{len(trials)} trials: {counts}", blocks(study, space, folder))
     print(path)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from chargpt import workers
-from chargpt.cli import RunFailed, fail, task_overrides
+from chargpt.cli import RunFailed, command, fail, task_overrides
 from chargpt.config import Config, ConfigError, parse, quoted, require
 from chargpt.process import lock
 from chargpt.records import natural, read_run, runs_under
@@ -142,8 +142,8 @@ def wait_for_others(run_dir: Path) -> None:
 def rerun_command(settings: Config, run_dir: Path) -> str:
     """The job alone, as the sweep itself would try it again."""
     if (run_dir / "config.yaml").exists():
-        return workers.command([f"resume={quoted(str(run_dir))}"])
-    return workers.command(workers.alone(settings, run_dir, task_overrides()))
+        return command([f"resume={quoted(str(run_dir))}"])
+    return command(workers.alone(settings, run_dir, task_overrides()))
 
 
 def under_way() -> bool:
@@ -169,7 +169,7 @@ def report() -> int:
         print(f"failed: {run}: {why}\n  rerun: {rerun.strip()}" if why else f"not finished: {run}")
     if open_jobs:
         print(f"{len(open_jobs)} of {len(jobs)} jobs are not done; the same command goes on with them:")
-        print(f"  {workers.command(sys.argv[1:])}")
+        print(f"  {command(sys.argv[1:])}")
     return 128 + stopped[0] if stopped else int(bool(open_jobs))
 
 

@@ -6,7 +6,6 @@ be it a crash, concerns no other, and its memory is free when it ends.
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -106,15 +105,15 @@ class Worker:
 
     def train(self, settings: Config, run_dir: Path) -> float:
         """`chargpt.run.train` in a process of its own."""
-        return self._run(run_dir, alone(settings, run_dir, task_overrides()))
+        return self._run("begins", run_dir, alone(settings, run_dir, task_overrides()))
 
     def resume(self, run_dir: Path, overrides: Sequence[str]) -> float:
         """`chargpt.run.resume` in a process of its own."""
-        return self._run(run_dir, [f"resume={quoted(str(run_dir))}", *overrides])
+        return self._run("goes on", run_dir, [f"resume={quoted(str(run_dir))}", *overrides])
 
-    def _run(self, run_dir: Path, arguments: Sequence[str]) -> float:
+    def _run(self, how: str, run_dir: Path, arguments: Sequence[str]) -> float:
         if self.stopped is None:
-            print(f"{run_dir.name}: {'goes on' if arguments[0].startswith('resume=') else 'begins'}", flush=True)
+            print(f"{run_dir.name}: {how}", flush=True)
             with open(run_dir / OUTPUT, "a", encoding="utf-8") as output:
                 self.job = subprocess.Popen(
                     [sys.executable, str(MAIN), *arguments],
@@ -169,11 +168,6 @@ def alone(settings: Config, run_dir: Path, overrides: Sequence[str]) -> list[str
     names = [f"wandb.name={quoted(settings.wandb.name)}", f"wandb.group={group}"]
     own = [override for override in overrides if not override.startswith(("wandb.name=", "wandb.group=", "launcher="))]
     return [*own, *names, "hydra.mode=RUN", f"hydra.run.dir={quoted(str(run_dir))}"]
-
-
-def command(arguments: Sequence[str]) -> str:
-    """A command as a person types it."""
-    return f"python main.py {shlex.join(arguments)}"
 
 
 def stop_all(folder: Path) -> None:
