@@ -9,9 +9,9 @@ help:
 	@echo 'make setup               the environment in .venv, from $(LOCK)'
 	@echo 'make train [ARGS="…"]    train; ARGS are overrides: ARGS="model.mha_type=mla trainer.num_steps=50"'
 	@echo 'make test                lint, types, all tests'
-	@echo 'make lint                ruff and mypy alone'
+	@echo 'make lint                ruff and mypy only'
 	@echo 'make bench               every table of docs/results.md that needs no other library; an hour'
-	@echo 'make lock                resolve the lock files anew (needs uv)'
+	@echo 'make lock                resolve the lock files again (needs uv)'
 	@echo 'make clean               remove .venv and caches; runs are kept'
 
 setup: .venv/installed
@@ -41,11 +41,11 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/growth.py
 
-lock:
+lock: # the newest jax that each Python can have
 	for extras in '' -cuda; do \
-		uv pip compile pyproject.toml --quiet --extra dev --extra dashboard --extra search --extra joblib --extra slurm $${extras:+--extra cuda} --universal --python-version 3.11 \
-			--fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate --no-header \
-			--output-file requirements$$extras.lock; \
+		uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy requires-python \
+			--extra dev --extra dashboard --extra search --extra joblib --extra slurm $${extras:+--extra cuda} \
+			--generate-hashes --no-emit-index-url --no-annotate --no-header --output-file requirements$$extras.lock; \
 	done
 
 clean:

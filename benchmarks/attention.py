@@ -1,14 +1,15 @@
-"""The attention product alone, forward and backward: our formula against `jax.nn.dot_product_attention`.
+"""The attention product, forward and backward: our formula against `jax.nn.dot_product_attention`.
 
-    python benchmarks/attention.py                       # batch 16, 300 tokens, 2 heads of 32; then two other sizes
+    python benchmarks/attention.py    # batch 16, 300 tokens, 2 heads of 32; then two other sizes
 
-Both are called per sequence under `jax.vmap`, as the model does. Rounds are interleaved; each figure is the best one.
+Both are called per sequence under `jax.vmap`, as the model does. Rounds are interleaved; each
+figure is the best one.
 """
 
-import platform
 import time
 
 import jax
+from train import machine
 
 from chargpt.attention.base import dot_product_attention
 
@@ -17,19 +18,26 @@ ROUNDS = 15
 
 
 def main() -> None:
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}")
+    print(machine())
     print("| batch, tokens, heads, width | jax.nn, ms | chargpt, ms | ratio |\n|---|---|---|---|")
     for batch, tokens, heads, width in SIZES:
         q, k, v, weight = (
-            jax.random.normal(key, (batch, tokens, heads, width)) for key in jax.random.split(jax.random.key(0), 4)
+            jax.random.normal(key, (batch, tokens, heads, width))
+            for key in jax.random.split(jax.random.key(0), 4)
         )
         kernels = {
             "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
-            "chargpt": lambda q, k, v, scale=width**-0.5: dot_product_attention(q, k, v, "causal", scale=scale),
+            "chargpt": lambda q, k, v, scale=width**-0.5: dot_product_attention(
+                q, k, v, "causal", scale=scale
+            ),
         }
         best = dict.fromkeys(kernels, float("inf"))
         gradients = {
-            name: jax.jit(jax.grad(lambda q, k, v, f=kernel, w=weight: (jax.vmap(f)(q, k, v) * w).sum(), (0, 1, 2)))
+            name: jax.jit(
+                jax.grad(
+                    lambda q, k, v, f=kernel, w=weight: (jax.vmap(f)(q, k, v) * w).sum(), (0, 1, 2)
+                )
+            )
             for name, kernel in kernels.items()
         }
         for _ in range(ROUNDS):
@@ -38,7 +46,8 @@ def main() -> None:
                 jax.block_until_ready(gradient(q, k, v))
                 best[name] = min(best[name], time.perf_counter() - begin)
         row = " | ".join(f"{1e3 * seconds:.1f}" for seconds in best.values())
-        print(f"| {batch}, {tokens}, {heads}, {width} | {row} | {best['chargpt'] / best['jax.nn']:.2f} |")
+        ratio = best["chargpt"] / best["jax.nn"]
+        print(f"| {batch}, {tokens}, {heads}, {width} | {row} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Tokens per second when text is generated, for every attention type, against cacheless sampling, PyTorch and the floor.
+"""Tokens per second of generation, for every attention type, beside peers and the memory floor.
 
     python benchmarks/decode.py                                     # 4 layers, 128 wide, context 64
     python benchmarks/decode.py num_layers=6 num_heads=6 d_model=384 seq_len=256 batches=1
 
-cacheless: nanoGPT's way, the whole context read again for every token, compiled. Hugging Face GPT-2 and Llama of the same
-sizes, with their own caches, run where torch and transformers are installed (pip install torch transformers). The floor at
-batch 1 is memory: every weight and the mean cache are read once per token, at the bandwidth that a large sum reaches in the
-same process.
+cacheless: nanoGPT's way, the whole context read again for every token, compiled. Hugging Face
+GPT-2 and Llama of the same sizes, with their own caches, run if torch and transformers are
+installed (pip install torch transformers). The floor at batch 1 is memory: every weight and the
+mean cache are read once per token, at the bandwidth that a large sum reaches in the same process.
 Arms are interleaved; each figure is the best round.
 """
 
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peers import VOCABULARY, torch_models
-from train import make_config, read_sizes
+from train import machine, make_config, read_sizes
 
 from chargpt.config import AttentionType, Config
-from chargpt.flops import count_parameters, kv_cache_bytes_per_token
+from chargpt.costs import count_parameters, kv_cache_bytes_per_token
 from chargpt.generate import generate
 from chargpt.model import GPT
 from chargpt.train import init_state
@@ -33,14 +32,21 @@ def chargpt_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
     keys = jax.random.split(jax.random.key(0), batch)
 
     def run() -> int:
-        pieces = generate(model, np.zeros(1, np.int32), seq_len - 1, max_seq_len=seq_len, keys=keys, tokens_per_piece=seq_len)
+        pieces = generate(
+            model,
+            np.zeros(1, np.int32),
+            seq_len - 1,
+            max_seq_len=seq_len,
+            keys=keys,
+            tokens_per_piece=seq_len,
+        )
         return batch * sum(piece.shape[1] for piece in pieces)
 
     return run
 
 
 def cacheless_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
-    """Full context throughout: what nanoGPT does for every token of a text longer than the context."""
+    """Full context throughout: nanoGPT's way with every token of a text longer than the context."""
 
     @eqx.filter_jit
     def next_tokens(model, tokens, key):
@@ -59,7 +65,7 @@ def cacheless_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
 
 
 def torch_arms(config: Config, batch: int) -> dict[str, Callable[[], int]]:
-    """Hugging Face models of the same sizes, greedy, with their dynamic caches; empty where they are not installed."""
+    """Hugging Face models of the same sizes, greedy, with their caches; empty if not installed."""
     models = {f"HF {name}": model for name, model in torch_models(config).items()}
     if models:
         import torch
@@ -97,14 +103,21 @@ def main(arguments: list[str]) -> None:
     batches = [1, 64]
     if arguments and arguments[-1].startswith("batches="):
         batches = [int(number) for number in arguments.pop().removeprefix("batches=").split(",")]
-    sizes = read_sizes(arguments, dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1, rounds=4))
+    sizes = read_sizes(
+        arguments, dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1, rounds=4)
+    )
     rounds, seq_len = sizes.pop("rounds"), sizes["seq_len"]
-    models = {kind.name: init_state(make_config(sizes, kind), VOCABULARY, 0).model for kind in AttentionType}
+    models = {
+        kind.name: init_state(make_config(sizes, kind), VOCABULARY, 0).model
+        for kind in AttentionType
+    }
     bandwidth = measure_bandwidth()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; {sizes}")
+    print(f"{machine()}; {sizes}")
     print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s")
     for batch in batches:
-        arms: dict[str, Callable[[], int]] = {"cacheless (standard)": cacheless_arm(models["standard"], batch, seq_len)}
+        arms: dict[str, Callable[[], int]] = {
+            "cacheless (standard)": cacheless_arm(models["standard"], batch, seq_len)
+        }
         arms |= {name: chargpt_arm(model, batch, seq_len) for name, model in models.items()}
         arms |= torch_arms(make_config(sizes, AttentionType.standard), batch)
         best = dict.fromkeys(arms, 0.0)
@@ -115,14 +128,19 @@ def main(arguments: list[str]) -> None:
                 begin = time.perf_counter()
                 tokens = run()
                 best[name] = max(best[name], tokens / (time.perf_counter() - begin))
-        print(f"\nbatch {batch}\n| | tokens/s | of cacheless | of the memory floor |\n|---|---|---|---|")
+        print(f"\nbatch {batch}\n| | tokens/s | of cacheless | of the memory floor |")
+        print(4 * "|---" + "|")
         for name, speed in best.items():
             share = ""
             if batch == 1 and name in models:
                 cache = kv_cache_bytes_per_token(models[name], jnp.float32) * seq_len / 2
-                weights = 4 * (sum(count_parameters(models[name]).values()) - models[name].embedding.size)
+                weights = 4 * (
+                    sum(count_parameters(models[name]).values()) - models[name].embedding.size
+                )
                 share = f"{speed * (weights + cache) / bandwidth:.0%}"
-            print(f"| {name} | {speed:,.0f} | {speed / best['cacheless (standard)']:.1f} | {share} |")
+            print(
+                f"| {name} | {speed:,.0f} | {speed / best['cacheless (standard)']:.1f} | {share} |"
+            )
 
 
 if __name__ == "__main__":

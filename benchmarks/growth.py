@@ -1,14 +1,15 @@
-"""How the cost of attention grows with context and width: time and memory of one layer, forward and backward, every type.
+"""How the cost of one attention layer, forward and backward, grows with context and width.
 
     python benchmarks/growth.py                       # writes growth.png beside the table it prints
     python benchmarks/growth.py figure=docs/growth.png
 
-Context from 256 to 8192 tokens at 64 wide, then width from 64 to 1024 at 256 tokens, two heads, one sequence, float32.
-`literal` is selective attention as its definition reads, a [t, s, m] tensor of keys and one of values per layer; it is left
-out where that would take more than MEMORY_LIMIT bytes. Memory is what XLA allots: arguments, results and temporaries.
+Context from 256 to 8192 tokens at 64 wide, then width from 64 to 1024 at 256 tokens; two heads, one
+sequence, float32, every attention type. `literal` is selective attention as its definition reads, a
+[t, s, m] tensor of keys and one of values per layer; it is left out where that would take more than
+MEMORY_LIMIT bytes. Memory is what XLA allots: arguments, results and temporaries.
 """
 
-import platform
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -18,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from train import make_config
+from train import machine, make_config
 
 from chargpt.attention import SelectiveAttention, make_attention
 from chargpt.attention.base import merge_heads
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
-from chargpt.figures import LIGHT, MARKERS
-from chargpt.machine import memory_bytes
+from chargpt.run.machine import memory_bytes
+from chargpt.study.figures import LIGHT, MARKERS
 
 CONTEXTS = [(tokens, 64) for tokens in (256, 512, 1024, 2048, 4096, 8192)]
 WIDTHS = [(256, width) for width in (64, 128, 256, 512, 1024)]
@@ -38,13 +39,27 @@ def literal_selective(layer: SelectiveAttention, x: jax.Array) -> jax.Array:
     positions = jnp.arange(tokens)
     q = x @ layer.q_proj.weight.T
     pairs = jnp.concatenate(
-        [jnp.broadcast_to(q[:, None], (tokens, *x.shape)), jnp.broadcast_to(x[None], (tokens, *x.shape))], -1
+        [
+            jnp.broadcast_to(q[:, None], (tokens, *x.shape)),
+            jnp.broadcast_to(x[None], (tokens, *x.shape)),
+        ],
+        -1,
     )
-    split = lambda y: y.reshape(*y.shape[:-1], heads, -1)  # noqa: E731
-    rotate = lambda y: apply_rope(y, positions, layer.rope_theta)  # noqa: E731
-    keys, values = jax.vmap(rotate)(split(pairs @ layer.k_proj.weight.T)), split(pairs @ layer.v_proj.weight.T)
+
+    def split(y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:-1], heads, -1)
+
+    def rotate(y: jax.Array) -> jax.Array:
+        return apply_rope(y, positions, layer.rope_theta)
+
+    keys, values = (
+        jax.vmap(rotate)(split(pairs @ layer.k_proj.weight.T)),
+        split(pairs @ layer.v_proj.weight.T),
+    )
     scores = jnp.einsum("tnh,tsnh->nts", rotate(split(q)), keys) * layer.head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(positions[None] <= positions[:, None], scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(
+        jnp.where(positions[None] <= positions[:, None], scores, -jnp.inf), axis=-1
+    )
     return merge_heads(jnp.einsum("nts,tsnh->tnh", weights, values), layer.o_proj.weight)
 
 
@@ -52,8 +67,15 @@ def measure(name: str, tokens: int, width: int) -> tuple[float, float]:
     """(seconds, bytes) of one layer's loss and gradients; the best of a few calls."""
     kind = AttentionType.selective if name == "literal" else AttentionType[name]
     sizes = dict(d_model=width, num_heads=2, num_layers=1, seq_len=tokens, batch_size=1)
-    mla = dict(kv_lora_rank=width // 4, qk_nope_head_dim=width // 4, qk_rope_head_dim=width // 4, v_head_dim=width // 2)
-    config = make_config(sizes, kind, *(f"model.mla.{option}={value}" for option, value in mla.items()))
+    mla = dict(
+        kv_lora_rank=width // 4,
+        qk_nope_head_dim=width // 4,
+        qk_rope_head_dim=width // 4,
+        v_head_dim=width // 2,
+    )
+    config = make_config(
+        sizes, kind, *(f"model.mla.{option}={value}" for option, value in mla.items())
+    )
     layer = make_attention(config.model, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (tokens, width))
     forward = literal_selective if name == "literal" else lambda layer, x: layer(x)
@@ -76,19 +98,30 @@ def main(arguments: list[str]) -> None:
     names = [*(kind.name for kind in AttentionType), "literal"]
     figure = Figure(figsize=(10, 7.5))
     axes = figure.subplots(2, 2, sharey="row")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; ms / MB")
+    print(f"{machine()}; ms / MB")
+    styles = list(zip(itertools.cycle(LIGHT), itertools.cycle(MARKERS), names, strict=False))
     for column, (axis_name, points) in enumerate((("context", CONTEXTS), ("width", WIDTHS))):
         values = [point[column] for point in points]
         print(f"\n| {axis_name} | {' | '.join(map(str, values))} |\n|---|{'---|' * len(values)}")
-        for name, colour, marker in zip(names, LIGHT, MARKERS, strict=True):
-            possible = [point for point in points if name != "literal" or 40 * point[0] ** 2 * point[1] < MEMORY_LIMIT]
+        for colour, marker, name in styles:
+            possible = [
+                point
+                for point in points
+                if name != "literal" or 40 * point[0] ** 2 * point[1] < MEMORY_LIMIT
+            ]
             results = [measure(name, *point) for point in possible]
             cells = [f"{1e3 * seconds:,.1f} / {size / 1e6:,.0f}" for seconds, size in results]
-            print(f"| {name} | {' | '.join(cells + ['-'] * (len(values) - len(cells)))} |", flush=True)
+            print(
+                f"| {name} | {' | '.join(cells + ['-'] * (len(values) - len(cells)))} |", flush=True
+            )
             for row, series in enumerate(zip(*results, strict=True)):
                 scale = (1e3, 1e-6)[row]
                 axes[row, column].plot(
-                    values[: len(series)], [scale * y for y in series], marker=marker, color=colour, label=name
+                    values[: len(series)],
+                    [scale * y for y in series],
+                    marker=marker,
+                    color=colour,
+                    label=name,
                 )
         axes[1, column].set_xlabel(("context, tokens (64 wide)", "width (256 tokens)")[column])
     for axis in axes.flat:
@@ -99,7 +132,9 @@ def main(arguments: list[str]) -> None:
     axes[0, 0].set_ylabel("time, ms")
     axes[1, 0].set_ylabel("memory, MB")
     axes[0, 0].legend(frameon=False)
-    figure.suptitle(f"One attention layer, forward and backward, float32, {jax.devices()[0].device_kind}")
+    figure.suptitle(
+        f"One attention layer, forward and backward, float32, {jax.devices()[0].device_kind}"
+    )
     figure.tight_layout()
     Path(figure_path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(figure_path, dpi=110)

@@ -1,8 +1,9 @@
-"""What the training step is measured against: a flat JAX step, and Hugging Face models in PyTorch."""
+"""What a training step is measured against: a flat JAX step, and Hugging Face models in PyTorch."""
 
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,15 @@ STEPS_PER_CALL = 10
 
 
 def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
-    """The standard model's step as one function over a dictionary of arrays: no modules, no interface, no checks."""
+    """The standard model's step as one function over a dictionary of arrays, without modules."""
     model, batch, length = config.model, config.trainer.batch_size, config.dataset.seq_len
     layers, width, heads, hidden = model.num_layers, model.d_model, model.num_heads, model.ff_width
     head_dim = width // heads
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32)
+
     params = {
         "embedding": normal(VOCABULARY, width),
         "head": normal(width, VOCABULARY),
@@ -33,8 +37,13 @@ def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
         "up": normal(layers, width, hidden),
         "down": normal(layers, hidden, width),
     }
-    angles = np.arange(length)[:, None] * model.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    cos, sin = jnp.asarray(np.cos(angles), jnp.float32)[:, None], jnp.asarray(np.sin(angles), jnp.float32)[:, None]
+    angles = np.arange(length)[:, None] * model.rope_theta ** (
+        -np.arange(0, head_dim, 2) / head_dim
+    )
+    cos, sin = (
+        jnp.asarray(np.cos(angles), jnp.float32)[:, None],
+        jnp.asarray(np.sin(angles), jnp.float32)[:, None],
+    )
 
     def norm(x, gain):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * gain
@@ -55,11 +64,15 @@ def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
         return optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, VOCABULARY)).mean()
 
     mask = {name: name not in ("embedding", "final", "norm1", "norm2") for name in params}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, 0.9, 0.99, weight_decay=0.1, mask=mask))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, 0.9, 0.99, weight_decay=0.1, mask=mask)
+    )
 
     def step(carry, index):
         p, opt_state = carry
-        starts = jax.random.randint(jax.random.fold_in(jax.random.key(0), index), (batch,), 0, tokens.shape[0] - length)
+        starts = jax.random.randint(
+            jax.random.fold_in(jax.random.key(0), index), (batch,), 0, tokens.shape[0] - length
+        )
         window = tokens[starts[:, None] + jnp.arange(length + 1)]
         loss, grads = jax.value_and_grad(loss_fn)(p, window[:, :-1], window[:, 1:])
         updates, opt_state = optimizer.update(grads, opt_state, p)
@@ -79,8 +92,8 @@ def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
     return run
 
 
-def torch_models(config: Config) -> dict[str, "torch.nn.Module"]:  # noqa: F821
-    """Hugging Face's GPT-2 and Llama of our sizes, freshly initialised; empty where they are not installed."""
+def torch_models(config: Config) -> dict[str, Any]:
+    """Hugging Face's GPT-2 and Llama of our sizes, freshly initialised; empty if not installed."""
     try:
         import transformers
     except ImportError:
@@ -109,22 +122,29 @@ def torch_models(config: Config) -> dict[str, "torch.nn.Module"]:  # noqa: F821
         bos_token_id=0,
         eos_token_id=None,
     )
-    return {"GPT-2": transformers.GPT2LMHeadModel(gpt2), "Llama": transformers.LlamaForCausalLM(llama)}
+    return {
+        "GPT-2": transformers.GPT2LMHeadModel(gpt2),
+        "Llama": transformers.LlamaForCausalLM(llama),
+    }
 
 
-def torch_arm(model: "torch.nn.Module", config: Config, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:  # noqa: F821
-    """Training steps in PyTorch: the same batches, clipping and AdamW (fused) as ours, in float32, on the CPU or the GPU."""
+def torch_arm(model: Any, config: Config, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:
+    """Training steps in PyTorch: batches, clipping and AdamW (fused) as ours, in float32."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, length = config.trainer.batch_size, config.dataset.seq_len
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
     data = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
 
     def loss_fn(inputs, targets):
         logits = model(inputs, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), targets.reshape(-1))
+        return torch.nn.functional.cross_entropy(
+            logits.reshape(-1, VOCABULARY), targets.reshape(-1)
+        )
 
     if compiled:
         loss_fn = torch.compile(loss_fn)

@@ -1,14 +1,16 @@
-"""What a training step costs: every attention type side by side with peers that do the same work at the same sizes.
+"""What a training step costs: every attention type beside peers that do the same work.
 
     python benchmarks/train.py                    # 64 wide, 2 heads, 4 layers, 300 tokens, batch 16
     python benchmarks/train.py d_model=128 num_heads=4 seq_len=64 batch_size=12 rounds=7
 
-Peers (benchmarks/peers.py): a flat JAX step, the same mathematics as `standard` without Equinox, modules or an interface;
-Hugging Face's GPT-2 and Llama, eager and under torch.compile, where torch and transformers are installed (pip install torch
-transformers). Rounds are interleaved (A B C A B C …) and each arm's figure is its fastest round, so that a noisy neighbour
-hits all alike. MFU is against the fastest matrix product of the same process. Memory is what XLA allots to the compiled
-steps, arguments and temporaries of all devices together. As main.py does it, the cores of a CPU share each batch as one device
-each; one arm leaves that to XLA's own threads, and one has Muon instead of AdamW.
+Peers (benchmarks/peers.py): a flat JAX step, the same mathematics as `standard` without Equinox,
+modules or an interface; Hugging Face's GPT-2 and Llama, eager and under torch.compile, if torch and
+transformers are installed (pip install torch transformers). Rounds are interleaved (A B C A B C …)
+and each arm's figure is its fastest round, so that a noisy neighbour hits all alike. MFU is against
+the fastest matrix product of the same process. Memory is what XLA allots to the compiled steps,
+arguments and temporaries of all devices together. As in main.py, the cores of a CPU share each
+batch as one device each; one arm leaves that to XLA's own threads, and one has Muon instead of
+AdamW.
 """
 
 import copy
@@ -23,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from peers import STEPS_PER_CALL, VOCABULARY, flat_arm, torch_arm, torch_models
 
+from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
-from chargpt.flops import flops_per_token
-from chargpt.machine import measure_peak_flops, memory_bytes
+from chargpt.costs import flops_per_token
 from chargpt.parallel import choose_devices, offer_cpu_devices
-from chargpt.space import compose_config
+from chargpt.run.machine import measure_peak_flops, memory_bytes
 from chargpt.train import compute_dtype, init_state, make_inputs, train_steps
 
 
@@ -40,7 +42,7 @@ def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> 
         f"dataset.seq_len={sizes['seq_len']}",
         f"trainer.batch_size={sizes['batch_size']}",
     ]
-    return compose_config((*sizes_as_overrides, *overrides))
+    return compose((*sizes_as_overrides, *overrides))
 
 
 class Arm:
@@ -48,10 +50,13 @@ class Arm:
 
     def __init__(self, config: Config, tokens: jax.Array):
         devices = choose_devices(config.trainer)
-        inputs, state = devices.replicate((make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed)))
-        self.flops_per_token = flops_per_token(state.model, config.model, config.dataset.seq_len)
+        inputs, state = devices.replicate(
+            (make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed))
+        )
+        self.flops_per_token = flops_per_token(state.model, config.dataset.seq_len)
         steps = eqx.filter_jit(
-            lambda inputs, s: train_steps(s, inputs, config, STEPS_PER_CALL, devices), donate="all-except-first"
+            lambda inputs, s: train_steps(s, inputs, config, STEPS_PER_CALL, devices),
+            donate="all-except-first",
         )
         begin = time.perf_counter()
         self._steps = steps.lower(inputs, state).compile()
@@ -65,7 +70,7 @@ class Arm:
 
 
 def read_sizes(arguments: list[str], sizes: dict[str, int]) -> dict[str, int]:
-    """`sizes` with name=number arguments put in; the program ends with one line where an argument is none."""
+    """`sizes` with name=number arguments put in; the program ends if an argument is none."""
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in sizes or not value.isdigit() or int(value) < 1:
@@ -74,20 +79,33 @@ def read_sizes(arguments: list[str], sizes: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
+def machine() -> str:
+    device = jax.devices()[0].device_kind
+    return f"{device}, jax {jax.__version__}, python {platform.python_version()}"
+
+
 def main(arguments: list[str]) -> None:
-    sizes = read_sizes(arguments, dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5))
+    sizes = read_sizes(
+        arguments, dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5)
+    )
     rounds = sizes.pop("rounds")
     offer_cpu_devices()
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 200_000).astype(np.int32)
     configs = {kind.name: make_config(sizes, kind) for kind in AttentionType}
     standard = configs["standard"]
-    configs["standard, one device"] = make_config(sizes, AttentionType.standard, "trainer.num_devices=1")
+    configs["standard, one device"] = make_config(
+        sizes, AttentionType.standard, "trainer.num_devices=1"
+    )
     configs["standard, muon"] = make_config(sizes, AttentionType.standard, "optimizer.name=muon")
     ours = {name: Arm(config, jnp.asarray(tokens)) for name, config in configs.items()}
-    arms: dict[str, Callable[[], None]] = ours | {"flat JAX": flat_arm(standard, jnp.asarray(tokens))}
+    arms: dict[str, Callable[[], None]] = ours | {
+        "flat JAX": flat_arm(standard, jnp.asarray(tokens))
+    }
     for name, model in torch_models(standard).items():
         for way in ("eager", "compile"):
-            arms[f"PyTorch {way}, {name}"] = torch_arm(copy.deepcopy(model), standard, tokens, way == "compile")
+            arms[f"PyTorch {way}, {name}"] = torch_arm(
+                copy.deepcopy(model), standard, tokens, way == "compile"
+            )
     compile_seconds = {}
     best = dict.fromkeys(arms, float("inf"))
     for name, run in arms.items():
@@ -102,18 +120,20 @@ def main(arguments: list[str]) -> None:
             run()
             best[name] = min(best[name], (time.perf_counter() - begin) / STEPS_PER_CALL)
     peak = max(peak, measure_peak_flops(compute_dtype(standard.trainer.precision)))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}; {sizes}")
+    print(f"{machine()}; {sizes}")
     print(f"matrix products: {peak / 1e9:,.0f} GFLOP/s")
-    print("| step of | ms | tokens/s | of standard | MFU | compile, s | memory, MB |\n|---|---|---|---|---|---|---|")
+    print("| step of | ms | tokens/s | of standard | MFU | compile, s | memory, MB |")
+    print(7 * "|---" + "|")
     for name, seconds in best.items():
         speed = sizes["batch_size"] * sizes["seq_len"] / seconds
         mfu, memory = "", ""
         if name in ours:
-            mfu, memory = f"{speed * ours[name].flops_per_token / peak:.0%}", f"{ours[name].megabytes:,.0f}"
-        ratio = seconds / best["standard"]
-        print(
-            f"| {name} | {1e3 * seconds:.1f} | {speed:,.0f} | {ratio:.2f} | {mfu} | {compile_seconds[name]:.1f} | {memory} |",
-        )
+            mfu, memory = (
+                f"{speed * ours[name].flops_per_token / peak:.0%}",
+                f"{ours[name].megabytes:,.0f}",
+            )
+        speeds = f"{1e3 * seconds:.1f} | {speed:,.0f} | {seconds / best['standard']:.2f}"
+        print(f"| {name} | {speeds} | {mfu} | {compile_seconds[name]:.1f} | {memory} |")
 
 
 if __name__ == "__main__":

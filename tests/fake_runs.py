@@ -1,33 +1,22 @@
 """Runs that were never trained, as directories and as records: what compares runs reads them in moments."""
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from conftest import make_config
-from omegaconf import OmegaConf
-
-from chargpt.config import Config, from_plain, to_plain
-from chargpt.records import Record
+from chargpt.compose import change, compose, read_overrides
+from chargpt.config import Config
+from chargpt.run.directory import Record, write_config
 
 CORPUS = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-default = functools.cache(make_config)
 
 
-@functools.cache
-def compose(*overrides: str) -> Config:
-    """configs/default.yaml with overrides, their values in YAML. Hydra takes seven times as long, and makes no difference."""
-    settings = dict(setting.split("=", 1) for setting in overrides)
-    name = settings.get("wandb.name", settings.get("model.mha_type", "standard"))
-    settings = {"wandb.name": name, "wandb.group": name} | settings
-    plain = to_plain(default())
-    for name, value in settings.items():
-        *groups, last = name.split(".")
-        functools.reduce(dict.__getitem__, groups, plain)[last] = yaml.safe_load(value)
-    return from_plain(plain)
+def named_config(*overrides: str) -> Config:
+    """configs/default.yaml with overrides, named after its attention type unless they say otherwise."""
+    values = read_overrides(overrides)
+    name = values.get("wandb.name", values.get("model.mha_type", "standard"))
+    return change(compose(), {"wandb.name": name, "wandb.group": name} | values)
 
 
 def make_run(
@@ -38,7 +27,9 @@ def make_run(
     sample: str = "ROMEO:\nWhat say you?",
 ) -> Path:
     """A run directory that came to its end with these validation losses; `summary` changes what it sums up."""
-    record = make_record(*overrides, path=path, val_losses=val_losses, summary=summary, sample=sample)
+    record = make_record(
+        *overrides, path=path, val_losses=val_losses, summary=summary, sample=sample
+    )
     path.mkdir(parents=True)
     write_config(path, record.config)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record.metrics))
@@ -46,10 +37,6 @@ def make_run(
     samples = f"=== step 1\nan old text\n\n=== step {record.config.trainer.num_steps}\n{sample}\n\n"
     (path / "samples.txt").write_text(samples, encoding="utf-8")
     return path
-
-
-def write_config(path: Path, config: Config) -> None:
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
 
 
 def make_record(
@@ -60,7 +47,7 @@ def make_record(
     sample: str = "ROMEO:\nWhat say you?",
 ) -> Record:
     """The same as `read_run` would read it, without a directory."""
-    config = compose(*overrides)
+    config = named_config(*overrides)
     summed_up = summary_of(config, val_losses) | (summary or {})
     return Record(path, config, summed_up, metrics_of(config, val_losses), sample)
 

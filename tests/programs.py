@@ -12,10 +12,18 @@ from conftest import ROOT
 from chargpt import checkpoint
 
 DEBUG = ["experiment=debug", "mode=disabled"]
-LONG = [*DEBUG, "trainer.num_steps=100000", "trainer.log_every=20", "trainer.eval_every=40", "trainer.checkpoint_every=20"]
+LONG = [
+    *DEBUG,
+    "trainer.num_steps=100000",
+    "trainer.log_every=20",
+    "trainer.eval_every=40",
+    "trainer.checkpoint_every=20",
+]
 
 
-def start(*arguments: str | Path, cwd: Path = ROOT, module: bool = False, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path, cwd: Path = ROOT, module: bool = False, **environment: str
+) -> subprocess.Popen[str]:
     program = ["-m", "chargpt"] if module else [str(ROOT / "main.py")]
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
@@ -31,7 +39,9 @@ def run(*arguments: str | Path, code: int = 0, **options: object) -> tuple[str, 
     """(standard output, standard error) of a program that must end with `code`."""
     process = start(*arguments, **options)  # type: ignore[arg-type]
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    assert process.returncode == code, (
+        f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    )
     return out, err
 
 

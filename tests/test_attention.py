@@ -49,7 +49,9 @@ def build(cls, *args):
 @functools.cache
 def make(mha_type: AttentionType, rope: bool = True, *overrides: str) -> AbstractAttention:
     """A layer as the real YAML has it."""
-    config = small_config(f"model.mha_type={mha_type.name}", f"model.rope={rope}", "model.rope_theta=100", *overrides)
+    config = small_config(
+        f"model.mha_type={mha_type.name}", f"model.rope={rope}", "model.rope_theta=100", *overrides
+    )
     return build(make_attention, config.model)
 
 
@@ -69,13 +71,20 @@ def rotations(positions, width: int, theta: float | None) -> np.ndarray:
             for i in range(width // 2):
                 angle = position * theta ** (-2 * i / width)
                 pair = np.ix_([i, i + width // 2], [i, i + width // 2])
-                matrices[row][pair] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+                matrices[row][pair] = [
+                    [np.cos(angle), -np.sin(angle)],
+                    [np.sin(angle), np.cos(angle)],
+                ]
     return matrices
 
 
-def multi_head_oracle(x, q_weight, k_weight, v_weight, o_weight, num_heads: int, theta: float | None) -> np.ndarray:
+def multi_head_oracle(
+    x, q_weight, k_weight, v_weight, o_weight, num_heads: int, theta: float | None
+) -> np.ndarray:
     """Causal multi-head attention with RoPE: float64, one head and one query at a time."""
-    x, q_weight, k_weight, v_weight, o_weight = (np.asarray(a, np.float64) for a in (x, q_weight, k_weight, v_weight, o_weight))
+    x, q_weight, k_weight, v_weight, o_weight = (
+        np.asarray(a, np.float64) for a in (x, q_weight, k_weight, v_weight, o_weight)
+    )
     width = q_weight.shape[0] // num_heads
     turn = rotations(range(len(x)), width, theta)
     heads = []
@@ -136,7 +145,9 @@ def test_rope_angles_do_not_lose_precision_in_bfloat16():
     x = jnp.ones((2, 1, 8))
     positions = jnp.array([1001, 1002])
     narrow = apply_rope(x.astype(jnp.bfloat16), positions, 100.0)
-    np.testing.assert_allclose(narrow.astype(jnp.float32), apply_rope(x, positions, 100.0), rtol=2**-8, atol=2**-8)
+    np.testing.assert_allclose(
+        narrow.astype(jnp.float32), apply_rope(x, positions, 100.0), rtol=2**-8, atol=2**-8
+    )
 
 
 # --- the kernel's wrapper
@@ -144,13 +155,16 @@ def test_rope_angles_do_not_lose_precision_in_bfloat16():
 
 @pytest.mark.parametrize("value_width", [2, 6])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_dot_product_attention_serves_adjacent_groups_and_any_width_of_values(num_kv_heads, value_width):
+def test_dot_product_attention_serves_adjacent_groups_and_any_width_of_values(
+    num_kv_heads, value_width
+):
     shapes = ((SEQ_LEN, 4, 4), (SEQ_LEN, num_kv_heads, 4), (SEQ_LEN, num_kv_heads, value_width))
     q, k, v = (normal(*shape, seed=i) for i, shape in enumerate(shapes))
     expected = np.stack(
         [
             causal_average(
-                0.7 * (np.asarray(q)[:, head] @ k[:, head // (4 // num_kv_heads)].T), v[:, head // (4 // num_kv_heads)]
+                0.7 * (np.asarray(q)[:, head] @ k[:, head // (4 // num_kv_heads)].T),
+                v[:, head // (4 // num_kv_heads)],
             )
             for head in range(4)
         ],
@@ -184,7 +198,10 @@ def test_standard_equals_its_formula(theta):
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_gqa_with_all_heads_equals_standard_bit_for_bit(rope):
-    standard, gqa = make(AttentionType.standard, rope), make(AttentionType.gqa, rope, "model.num_kv_heads=4")
+    standard, gqa = (
+        make(AttentionType.standard, rope),
+        make(AttentionType.gqa, rope, "model.num_kv_heads=4"),
+    )
     assert eqx.tree_equal(standard, gqa)
     np.testing.assert_array_equal(forward(gqa, tokens()), forward(standard, tokens()))
     cache = standard.init_cache(SEQ_LEN)
@@ -198,7 +215,9 @@ def test_grouped_heads_equal_standard_with_the_kv_weights_repeated(num_kv_heads,
 
     def repeated(linear):
         heads = linear.weight.reshape(num_kv_heads, HEAD_DIM, D_MODEL)
-        return jnp.repeat(heads, NUM_HEADS // num_kv_heads, axis=0).reshape(NUM_HEADS * HEAD_DIM, D_MODEL)
+        return jnp.repeat(heads, NUM_HEADS // num_kv_heads, axis=0).reshape(
+            NUM_HEADS * HEAD_DIM, D_MODEL
+        )
 
     standard = build(GroupedQueryAttention, D_MODEL, NUM_HEADS, NUM_HEADS, HEAD_DIM, theta)
     standard = eqx.tree_at(
@@ -212,15 +231,21 @@ def test_grouped_heads_equal_standard_with_the_kv_weights_repeated(num_kv_heads,
 def test_heads_need_not_add_up_to_the_models_width():
     wide = build(GroupedQueryAttention, D_MODEL, 3, 1, 10, 100.0)
     k_weight, v_weight = jnp.tile(wide.k_proj.weight, (3, 1)), jnp.tile(wide.v_proj.weight, (3, 1))
-    expected = multi_head_oracle(tokens(), wide.q_proj.weight, k_weight, v_weight, wide.o_proj.weight, 3, 100.0)
+    expected = multi_head_oracle(
+        tokens(), wide.q_proj.weight, k_weight, v_weight, wide.o_proj.weight, 3, 100.0
+    )
     close(forward(wide, tokens()), expected)
 
 
 def test_qk_norm_makes_scores_blind_to_the_scale_of_queries_and_keys():
     normed = make(AttentionType.standard, True, "model.qk_norm=true")
     bare = make(AttentionType.standard)
-    louder = lambda a: eqx.tree_at(lambda a: (a.q_proj.weight, a.k_proj.weight), a, replace_fn=lambda w: 8 * w)  # noqa: E731
-    np.testing.assert_allclose(forward(louder(normed), tokens()), forward(normed, tokens()), atol=1e-4)
+    louder = lambda a: eqx.tree_at(
+        lambda a: (a.q_proj.weight, a.k_proj.weight), a, replace_fn=lambda w: 8 * w
+    )  # noqa: E731
+    np.testing.assert_allclose(
+        forward(louder(normed), tokens()), forward(normed, tokens()), atol=1e-4
+    )
     assert np.abs(forward(louder(bare), tokens()) - forward(bare, tokens())).max() > 0.1
 
 
@@ -242,11 +267,16 @@ def selective_literally(attention: SelectiveAttention, x: jax.Array) -> jax.Arra
     keys = (pairs @ attention.k_proj.weight.T).reshape(heads)
     values = (pairs @ attention.v_proj.weight.T).reshape(heads)
     turn = jnp.asarray(rotations(range(seq_len), attention.head_dim, attention.rope_theta), x.dtype)
-    queries = jnp.einsum("tab,tnb->tna", turn, q.reshape(seq_len, attention.num_heads, attention.head_dim))
+    queries = jnp.einsum(
+        "tab,tnb->tna", turn, q.reshape(seq_len, attention.num_heads, attention.head_dim)
+    )
     keys = jnp.einsum("sab,tsnb->tsna", turn, keys)
     scores = jnp.einsum("tnh,tsnh->nts", queries, keys) / np.sqrt(attention.head_dim)
     weights = jax.nn.softmax(jnp.where(jnp.tri(seq_len, dtype=bool), scores, -jnp.inf), axis=-1)
-    return jnp.einsum("nts,tsnh->tnh", weights, values).reshape(seq_len, width) @ attention.o_proj.weight.T
+    return (
+        jnp.einsum("nts,tsnh->tnh", weights, values).reshape(seq_len, width)
+        @ attention.o_proj.weight.T
+    )
 
 
 @eqx.filter_jit
@@ -277,7 +307,9 @@ def test_selective_learns_how_queries_make_keys_only_with_rope():
         if rope:
             assert np.abs(query_half).max() > 0.1
         else:
-            np.testing.assert_array_equal(query_half, 0)  # exactly: A takes no part in the factorised form
+            np.testing.assert_array_equal(
+                query_half, 0
+            )  # exactly: A takes no part in the factorised form
 
 
 def test_selective_without_its_query_halves_is_standard_attention():
@@ -288,16 +320,24 @@ def test_selective_without_its_query_halves_is_standard_attention():
         standard,
         (selective.q_proj, halves(selective.k_proj), halves(selective.v_proj), selective.o_proj),
     )
-    bare = eqx.tree_at(lambda a: (a.k_proj.weight, a.v_proj.weight), selective, replace_fn=lambda w: w.at[:, :D_MODEL].set(0))
+    bare = eqx.tree_at(
+        lambda a: (a.k_proj.weight, a.v_proj.weight),
+        selective,
+        replace_fn=lambda w: w.at[:, :D_MODEL].set(0),
+    )
     close(forward(bare, tokens()), forward(standard, tokens()))
 
 
 # --- multi-head latent attention
 
 
-def make_mla(q_lora_rank: int | None, theta: float | None, v_head_dim: int = 6) -> MultiHeadLatentAttention:
+def make_mla(
+    q_lora_rank: int | None, theta: float | None, v_head_dim: int = 6
+) -> MultiHeadLatentAttention:
     """Every width is different: nothing fits by chance."""
-    return build(MultiHeadLatentAttention, D_MODEL, NUM_HEADS, q_lora_rank, 5, 3, 4, v_head_dim, theta)
+    return build(
+        MultiHeadLatentAttention, D_MODEL, NUM_HEADS, q_lora_rank, 5, 3, 4, v_head_dim, theta
+    )
 
 
 def mla_literally(a: MultiHeadLatentAttention, x) -> np.ndarray:
@@ -307,7 +347,11 @@ def mla_literally(a: MultiHeadLatentAttention, x) -> np.ndarray:
     weight = lambda linear: np.asarray(linear.weight, np.float64)  # noqa: E731
 
     def rms_norm(norm, y):
-        return y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(norm.weight, np.float64)
+        return (
+            y
+            / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+            * np.asarray(norm.weight, np.float64)
+        )
 
     if a.q_proj is not None:
         q = x @ weight(a.q_proj).T
@@ -341,7 +385,10 @@ def test_mla_equals_its_formula(q_lora_rank, theta, v_head_dim):
 def test_mla_absorbed_equals_expanded(q_lora_rank, theta):
     attention = make_mla(q_lora_rank, theta)
     queries, entries = project(attention, tokens(), jnp.arange(SEQ_LEN))
-    absorbed, expanded = eqx.filter_jit(attention.read_absorbed), eqx.filter_jit(attention.read_expanded)
+    absorbed, expanded = (
+        eqx.filter_jit(attention.read_absorbed),
+        eqx.filter_jit(attention.read_expanded),
+    )
     mask = jnp.tri(SEQ_LEN, dtype=bool)
     close(absorbed(queries, entries, mask), expanded(queries, entries, mask))
     for i in (0, SEQ_LEN - 1):  # one query, as in decoding
@@ -352,7 +399,9 @@ def test_mla_absorbed_equals_expanded(q_lora_rank, theta):
 def test_mla_decodes_one_token_without_expanding_the_cache(monkeypatch):
     attention = make(AttentionType.mla)
     cache = attention.init_cache(32)
-    monkeypatch.setattr(MultiHeadLatentAttention, "read_expanded", lambda *_: pytest.fail("expanded"))
+    monkeypatch.setattr(
+        MultiHeadLatentAttention, "read_expanded", lambda *_: pytest.fail("expanded")
+    )
     eqx.filter_eval_shape(attention.decode, tokens(1), cache, SEQ_LEN)
     with pytest.raises(pytest.fail.Exception):
         eqx.filter_eval_shape(attention.decode, tokens(2), cache, SEQ_LEN)
@@ -363,14 +412,18 @@ def test_mla_decodes_one_token_without_expanding_the_cache(monkeypatch):
 
 def test_equinox_without_rope_is_equinox_itself():
     attention, x = make(AttentionType.equinox, rope=False), tokens()
-    np.testing.assert_array_equal(attention(x), attention.mha(x, x, x, mask=jnp.tri(SEQ_LEN, dtype=bool)))
+    np.testing.assert_array_equal(
+        attention(x), attention.mha(x, x, x, mask=jnp.tri(SEQ_LEN, dtype=bool))
+    )
 
 
 @pytest.mark.parametrize("theta", THETAS)
 def test_equinox_equals_the_formula_with_rope(theta):
     attention = build(EquinoxAttention, D_MODEL, NUM_HEADS, theta)
     mha = attention.mha
-    weights = [linear.weight for linear in (mha.query_proj, mha.key_proj, mha.value_proj, mha.output_proj)]
+    weights = [
+        linear.weight for linear in (mha.query_proj, mha.key_proj, mha.value_proj, mha.output_proj)
+    ]
     close(forward(attention, tokens()), multi_head_oracle(tokens(), *weights, NUM_HEADS, theta))
 
 
@@ -388,12 +441,26 @@ def test_make_attention_builds_the_type_that_is_asked_for(mha_type):
 
 
 def test_make_attention_hands_every_width_on():
-    grouped = make(AttentionType.gqa, True, "model.num_kv_heads=1", "model.head_dim=6", "model.qk_norm=true")
+    grouped = make(
+        AttentionType.gqa, True, "model.num_kv_heads=1", "model.head_dim=6", "model.qk_norm=true"
+    )
     assert (grouped.num_kv_heads, grouped.head_dim, grouped.q_proj.out_features) == (1, 6, 24)
     assert grouped.q_norm is not None and grouped.k_norm is not None
-    widths = {"q_lora_rank": 5, "kv_lora_rank": 7, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
-    mla = make(AttentionType.mla, True, *(f"model.mla.{name}={width}" for name, width in widths.items()))
-    shapes = {name: linear.weight.shape for name, linear in vars(mla).items() if isinstance(linear, eqx.nn.Linear)}
+    widths = {
+        "q_lora_rank": 5,
+        "kv_lora_rank": 7,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 4,
+    }
+    mla = make(
+        AttentionType.mla, True, *(f"model.mla.{name}={width}" for name, width in widths.items())
+    )
+    shapes = {
+        name: linear.weight.shape
+        for name, linear in vars(mla).items()
+        if isinstance(linear, eqx.nn.Linear)
+    }
     assert shapes == {
         "q_a_proj": (5, 16),
         "q_b_proj": (4 * 5, 5),
@@ -435,7 +502,9 @@ def test_decode_equals_the_forward_pass(mha_type, rope, prompt_len, max_seq_len)
     """A prompt, then token by token, in a cache that may be longer than the sequence and was not clean before."""
     attention, x, dirt = make(mha_type, rope), tokens(), 3.0
     cache = jax.tree.map(lambda leaf: leaf + dirt, attention.init_cache(max_seq_len))
-    pieces = [x[:prompt_len]] * (prompt_len > 0) + [x[i : i + 1] for i in range(prompt_len, SEQ_LEN)]
+    pieces = [x[:prompt_len]] * (prompt_len > 0) + [
+        x[i : i + 1] for i in range(prompt_len, SEQ_LEN)
+    ]
     outputs, position = [], 0
     for piece in pieces:
         y, cache = decode(attention, piece, cache, jnp.asarray(position))
@@ -466,12 +535,17 @@ def test_the_cache_holds_the_bytes_that_the_formula_says(mha_type, dtype):
     }
     cache = narrowed(make(mha_type), dtype).init_cache(11)
     assert all(leaf.shape[0] == 11 and leaf.dtype == dtype for leaf in jax.tree.leaves(cache))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == 11 * numbers[mha_type] * jnp.dtype(dtype).itemsize
+    assert (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        == 11 * numbers[mha_type] * jnp.dtype(dtype).itemsize
+    )
     assert not any(leaf.any() for leaf in jax.tree.leaves(cache))
 
 
 def narrowed(attention, dtype):
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, attention)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, attention
+    )
 
 
 @pytest.mark.parametrize("rope", [False, True], ids=["no_rope", "rope"])
@@ -480,7 +554,9 @@ def test_bfloat16_stays_bfloat16_and_near_float32(mha_type, rope):
     wide = forward(narrowed(attention, jnp.float32), x.astype(jnp.float32))
     y = forward(attention, x)
     decoded, cache = decode(attention, x, attention.init_cache(SEQ_LEN), 0)
-    assert {leaf.dtype for leaf in jax.tree.leaves((y, decoded, cache))} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((y, decoded, cache))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     for narrow in (y, decoded):
         np.testing.assert_allclose(narrow.astype(jnp.float32), wide, atol=0.03 * np.abs(wide).max())
 

@@ -1,7 +1,8 @@
-"""Checkpoints under attack: damage at any byte, forgeries whose digest is right, a kill at any moment, a full disk.
+"""Checkpoints under attack: damage, forgeries with a right digest, kills at any moment, full disks.
 
-What is to be killed or starved is a process of its own, forked from a nursery: an interpreter that has imported everything
-and has not started JAX yet, so that a fork is cheap and safe. Its processes run the `child_*` functions here.
+Whatever is killed or starved is a process of its own, forked from a nursery: an interpreter that
+has imported everything and has not started JAX yet, so that a fork is cheap and safe. Its processes
+run the `child_*` functions here.
 """
 
 import copy
@@ -33,15 +34,22 @@ from conftest import small_config
 from hypothesis import strategies as st
 
 from chargpt import checkpoint
-from chargpt.checkpoint import CheckpointError, Header
+from chargpt.checkpoint import CheckpointError, Header, keep_as
 from chargpt.config import AttentionType, Config
-from chargpt.resume import load_newest
-from chargpt.run import Run
+from chargpt.files import write_durably
+from chargpt.run.recorder import Recorder
+from chargpt.run.resume import load_newest
 from chargpt.train import TrainState, init_state
 
 VOCABULARY = "\n abé😀"
 DIGEST = 32
-TINY = ["model.d_model=4", "model.num_layers=1", "model.num_heads=2", "model.d_ff=4", "dataset.seq_len=4"]
+TINY = [
+    "model.d_model=4",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.d_ff=4",
+    "dataset.seq_len=4",
+]
 TINY += ["optimizer.warmup_steps=1", "trainer.num_steps=100"]
 SECONDS_TO_REFUSE = 3.0
 MEMORY_TO_REFUSE = 256 << 20
@@ -51,27 +59,43 @@ def tiny_config(*overrides: str) -> Config:
     return small_config(*TINY, *overrides)
 
 
-def random_state(config: Config, seed: int = 0, step: int = 7, vocabulary: str = VOCABULARY) -> TrainState:
-    """A state whose every leaf is random bits, infinities and every kind of NaN among them, at `step`."""
+def random_state(
+    config: Config, seed: int = 0, step: int = 7, vocabulary: str = VOCABULARY
+) -> TrainState:
+    """A state at `step` whose leaves are random bits: infinities and NaNs of all kinds occur."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        return jnp.array(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape))
+        data = rng.bytes(leaf.size * leaf.dtype.itemsize)
+        return jnp.array(np.frombuffer(data, leaf.dtype).reshape(leaf.shape))
 
-    return at_step(jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(vocabulary), 0)), step)
+    skeleton = eqx.filter_eval_shape(init_state, config, len(vocabulary), 0)
+    return at_step(jax.tree.map(fill, skeleton), step)
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
-    """`state` with `step` in its counter and all over its embedding, so that a mixture of two saves shows."""
+    """`state` with `step` in its counter and throughout its embedding: a mixture of saves shows."""
     embedding = jnp.array(np.full(state.model.embedding.shape, step, np.float32))
-    return eqx.tree_at(lambda s: (s.step, s.model.embedding), state, (jnp.array(np.int32(step)), embedding))
+    values = (jnp.array(np.int32(step)), embedding)
+    return eqx.tree_at(lambda s: (s.step, s.model.embedding), state, values)
 
 
 def make_header(config: Config, **changes: Any) -> Header:
-    fields = dict(vocabulary=VOCABULARY, corpus_sha256="0f" * 32, step=7, seconds=0.1 + 0.2, best_val_loss=1 / 3, best_step=5)
-    fields |= dict(config=config, versions={"jax": "0.10.2"}, record_sizes={"metrics.jsonl": 1000, "samples.txt": 0})
+    fields = dict(
+        vocabulary=VOCABULARY,
+        corpus_sha256="0f" * 32,
+        step=7,
+        seconds=0.1 + 0.2,
+        best_val_loss=1 / 3,
+        best_step=5,
+    )
+    fields |= dict(
+        config=config,
+        versions={"jax": "0.10.2"},
+        record_sizes={"metrics.jsonl": 1000, "samples.txt": 0},
+    )
     return Header(**fields | changes)
 
 
@@ -79,7 +103,8 @@ def assert_same_bits(found: TrainState, expected: TrainState) -> None:
     """Same structure, paths, dtypes, shapes and bits, leaf for leaf."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert checkpoint.describe_leaves(found) == checkpoint.describe_leaves(expected)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
         assert type(a) is type(b), jax.tree_util.keystr(path)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
 
@@ -97,7 +122,7 @@ def refusal(path: Path) -> str:
 
 
 class Parts:
-    """A checkpoint taken apart: header fields and leaves, to be changed and put together with a digest that is right."""
+    """A checkpoint taken apart: header fields and leaves, to be changed and signed anew."""
 
     def __init__(self, data: bytes):
         line, body = data[:-DIGEST].split(b"\n", 1)
@@ -165,12 +190,37 @@ def test_every_bit_of_the_state_comes_back(mha_type: AttentionType, tmp_path: Pa
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.activation=swiglu", "model.norm=layernorm", "model.norm_position=post", "model.rope=false"],
-        ["model.tie_embeddings=true", "model.learned_positions=true", "model.dropout=0.1", "model.qk_norm=true"],
-        ["model.mha_type=mla", "model.mla.q_lora_rank=4", "optimizer.grad_clip=null", "trainer.precision=bfloat16"],
-        ["model.mha_type=gqa", "model.num_kv_heads=1", "optimizer.schedule=wsd", "model.head_dim=6"],
+        [
+            "model.activation=swiglu",
+            "model.norm=layernorm",
+            "model.norm_position=post",
+            "model.rope=false",
+        ],
+        [
+            "model.tie_embeddings=true",
+            "model.learned_positions=true",
+            "model.dropout=0.1",
+            "model.qk_norm=true",
+        ],
+        [
+            "model.mha_type=mla",
+            "model.mla.q_lora_rank=4",
+            "optimizer.grad_clip=null",
+            "trainer.precision=bfloat16",
+        ],
+        [
+            "model.mha_type=gqa",
+            "model.num_kv_heads=1",
+            "optimizer.schedule=wsd",
+            "model.head_dim=6",
+        ],
         ["model.mha_type=equinox", "optimizer.schedule=constant", "model.dropout=0.5"],
-        ["optimizer.name=muon", "optimizer.ema_decay=0.9", "model.zero_init=true", "model.logit_softcap=15"],
+        [
+            "optimizer.name=muon",
+            "optimizer.ema_decay=0.9",
+            "model.zero_init=true",
+            "model.logit_softcap=15",
+        ],
     ],
     ids=" ".join,
 )
@@ -184,12 +234,13 @@ def test_every_option_of_the_model_comes_back(overrides: list[str], tmp_path: Pa
 
 
 def test_the_optimizer_state_is_in_the_file(tiny_file: Path):
-    """Both moments of every parameter and the counters: without them a resumed run would be another one."""
+    """Both moments of every parameter and the counters: a resumed run would differ without them."""
     paths = [path for path, _, _ in checkpoint.read_header(tiny_file)[1]]
     parameters = [path.removeprefix("model.") for path in paths if path.startswith("model.")]
     assert "embedding" in parameters and "blocks.attention.q_proj.weight" in parameters
     for moment in ("mu", "nu"):
-        assert [path.split(f".{moment}.")[1] for path in paths if f".{moment}." in path] == parameters
+        moments = [path.split(f".{moment}.")[1] for path in paths if f".{moment}." in path]
+        assert moments == parameters
     assert {"step", "skipped", "skipped_in_a_row"} < set(paths)
     assert any(path.startswith("opt_state") and path.endswith("count") for path in paths)
 
@@ -204,10 +255,9 @@ def test_the_optimizer_state_is_in_the_file(tiny_file: Path):
     ids=["nothing evaluated yet", "hard characters", "extreme numbers"],
 )
 def test_every_field_of_the_header_comes_back(changes: dict[str, Any], tmp_path: Path):
-    config = tiny_config("wandb.name='ü ${not}'".replace("${not}", "$ {x}"), "wandb.tags=[a,'b c']", "wandb.entity=null")
+    config = tiny_config("wandb.name='ü $ {x}'", "wandb.tags=[a,'b c']", "wandb.entity=null")
     header = make_header(config, **changes)
-    state = eqx.filter_eval_shape(init_state, config, len(header.vocabulary), 0)
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, state)
+    state = random_state(config, vocabulary=header.vocabulary)
     checkpoint.save(tmp_path / "last.eqx", at_step(state, header.step), header)
     assert checkpoint.load(tmp_path / "last.eqx")[1] == header
 
@@ -219,12 +269,13 @@ def test_equinox_alone_reads_the_leaves(mha_type: AttentionType, dropout: str, t
     checkpoint.save(tmp_path / "last.eqx", state, make_header(config))
     with open(tmp_path / "last.eqx", "rb") as file:
         assert json.loads(file.readline())["step"] == 7
-        like = eqx.filter(random_state(config, seed=1), eqx.is_array)  # without dropout's rates, which the configuration has
+        # Without dropout's rates, which the configuration has
+        like = eqx.filter(random_state(config, seed=1), eqx.is_array)
         assert_same_bits(eqx.tree_deserialise_leaves(file, like), eqx.filter(state, eqx.is_array))
 
 
 def test_saving_replaces_the_file_whole(tiny_file: Path, tmp_path: Path):
-    """What a reader has open stays what it was: the old file is replaced, not written over."""
+    """What a reader has open stays as it was: the old file is replaced, not overwritten."""
     config, path = tiny_config(), tmp_path / "last.eqx"
     checkpoint.save(path, random_state(config, step=1), make_header(config, step=1))
     before = path.read_bytes()
@@ -248,7 +299,8 @@ def test_a_bit_flipped_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
     path = Path(shutil.copy(tiny_file, tmp_path / "flipped.eqx"))
     with open(path, "r+b", buffering=0) as file:
         for offset, byte in enumerate(tiny_file.read_bytes()):
-            os.pwrite(file.fileno(), bytes([byte ^ 1 << random.Random(offset).randrange(8)]), offset)
+            flipped = byte ^ 1 << random.Random(offset).randrange(8)
+            os.pwrite(file.fileno(), bytes([flipped]), offset)
             assert "SHA-256" in refusal(path), offset
             os.pwrite(file.fileno(), bytes([byte]), offset)
     checkpoint.load(path)
@@ -256,7 +308,8 @@ def test_a_bit_flipped_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
 
 def test_bytes_added_before_behind_or_inside_are_refused(tiny_file: Path, tmp_path: Path):
     data = tiny_file.read_bytes()
-    for number, changed in enumerate([b"\0" + data, data + b"\0", data[:5000] + b"\0" + data[5000:], data + data]):
+    longer = [b"\0" + data, data + b"\0", data[:5000] + b"\0" + data[5000:], data + data]
+    for number, changed in enumerate(longer):
         (tmp_path / f"{number}.eqx").write_bytes(changed)
         assert "SHA-256" in refusal(tmp_path / f"{number}.eqx")
 
@@ -271,7 +324,7 @@ def test_a_forgery_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path
     """The digest is right, so the header and the leaves must defend themselves."""
     content = tiny_file.read_bytes()[:-DIGEST]
     begin = content.index(b"\n") + 1
-    edges = [begin - 1, begin, begin + 1, begin + 6, begin + 10, begin + 127, begin + 128, begin + 129, len(content) - 1]
+    edges = [begin + offset for offset in (-1, 0, 1, 6, 10, 127, 128, 129)] + [len(content) - 1]
     for end in sorted({*range(0, begin, 11), *range(begin, len(content), 311), *edges}):
         refusal(write_forged(tmp_path / "cut.eqx", content[:end]))
 
@@ -282,7 +335,7 @@ def test_a_forgery_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path
 def test_leaves_in_another_order_are_refused(parts: Parts, tmp_path: Path):
     """Two leaves of one shape, exchanged with their names: Equinox alone would load them."""
     table = parts.fields["leaves"]
-    a, b = parts.index("model.blocks.attention.q_proj.weight"), parts.index("model.blocks.attention.k_proj.weight")
+    a, b = (parts.index(f"model.blocks.attention.{name}_proj.weight") for name in "qk")
     assert table[a][1:] == table[b][1:]
     table[a], table[b] = table[b], table[a]
     assert "leaves are not those" in refusal(parts.write(tmp_path / "table.eqx"))
@@ -296,7 +349,9 @@ def test_leaves_of_unequal_shape_exchanged_in_the_payload_are_refused(parts: Par
     assert "model.embedding" in refusal(parts.write(tmp_path / "x.eqx"))
 
 
-@pytest.mark.parametrize("path", ["model.embedding", "opt_state[1][0].nu.blocks.attention.v_proj.weight", "skipped"])
+@pytest.mark.parametrize(
+    "path", ["model.embedding", "opt_state[1][0].nu.blocks.attention.v_proj.weight", "skipped"]
+)
 def test_a_missing_leaf_is_named(path: str, parts: Parts, tmp_path: Path):
     index = parts.index(path)
     entry, leaf = parts.fields["leaves"].pop(index), parts.leaves[index]
@@ -322,13 +377,17 @@ def test_an_entry_listed_twice_is_refused(parts: Parts, tmp_path: Path):
     assert "leaves are not those" in refusal(parts.write(tmp_path / "x.eqx"))
 
 
-@pytest.mark.parametrize("extra", [b"\0", b"x" * 1000, b"leaf"], ids=["a byte", "a thousand bytes", "a leaf"])
+@pytest.mark.parametrize(
+    "extra", [b"\0", b"x" * 1000, b"leaf"], ids=["a byte", "a thousand bytes", "a leaf"]
+)
 def test_bytes_behind_the_last_leaf_are_refused(extra: bytes, parts: Parts, tmp_path: Path):
     parts.leaves.append(npy(np.zeros(2, np.float32)) if extra == b"leaf" else extra)
     refusal(parts.write(tmp_path / "x.eqx"))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32", "object", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float64", "int32", "object", "complex64"]
+)
 def test_another_dtype_is_refused_and_its_leaf_named(dtype: str, parts: Parts, tmp_path: Path):
     entry = parts.fields["leaves"][parts.index("model.head.weight")]
     entry[1] = dtype
@@ -340,9 +399,12 @@ def test_another_dtype_is_refused_and_its_leaf_named(dtype: str, parts: Parts, t
 
 
 @pytest.mark.parametrize(
-    "shape", [[], [6], [4, 6], [6, 4, 1], [1, 24], [6, 5], [0, 4], [-6, -4], [6.5, 4], ["6", 4], [None, 4]]
+    "shape",
+    [[], [6], [4, 6], [6, 4, 1], [1, 24], [6, 5], [0, 4], [-6, -4], [6.5, 4], ["6", 4], [None, 4]],
 )
-def test_another_shape_is_refused_and_its_leaf_named(shape: list[Any], parts: Parts, tmp_path: Path):
+def test_another_shape_is_refused_and_its_leaf_named(
+    shape: list[Any], parts: Parts, tmp_path: Path
+):
     entry = parts.fields["leaves"][parts.index("model.head.weight")]
     assert entry[2] == [6, 4]
     entry[2] = shape
@@ -354,25 +416,41 @@ def test_another_shape_is_refused_and_its_leaf_named(shape: list[Any], parts: Pa
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, -1, 10**30, None, "2", [2], {}])
-def test_another_format_is_refused_and_said(number: Any, parts: Parts, tmp_path: Path):
-    assert "of another format than 2" in refusal(parts.set("format", number).write(tmp_path / "x.eqx"))
+def test_another_format_is_refused_and_named(number: Any, parts: Parts, tmp_path: Path):
+    message = refusal(parts.set("format", number).write(tmp_path / "x.eqx"))
+    assert "of another format than 2" in message
     del parts.fields["format"]
     assert "of another format than 2" in refusal(parts.write(tmp_path / "none.eqx"))
 
 
-@pytest.mark.parametrize("name, value", [("model.d_model", 8), ("model.mha_type", "mla"), ("model.num_layers", 2)])
-def test_a_configuration_of_another_model_is_refused_and_a_leaf_named(name: str, value: Any, parts: Parts, tmp_path: Path):
+@pytest.mark.parametrize(
+    "name, value", [("model.d_model", 8), ("model.mha_type", "mla"), ("model.num_layers", 2)]
+)
+def test_a_configuration_of_another_model_is_refused_and_a_leaf_named(
+    name: str, value: Any, parts: Parts, tmp_path: Path
+):
     message = refusal(parts.set(f"config.{name}", value).write(tmp_path / "x.eqx"))
     assert "its leaves are not those of its configuration: model." in message
 
 
 def test_a_header_at_another_step_than_its_leaves_is_refused(parts: Parts, tmp_path: Path):
-    """Batches follow from the step in the leaves, records and schedule from the one in the header."""
+    """Batches follow from the step in the leaves, records and schedule from that in the header."""
     assert "step" in refusal(parts.set("step", 8).write(tmp_path / "x.eqx"))
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "vocabulary", "corpus_sha256", "step", "seconds", "versions", "leaves", "best_step", "record_sizes"]
+    "name",
+    [
+        "config",
+        "vocabulary",
+        "corpus_sha256",
+        "step",
+        "seconds",
+        "versions",
+        "leaves",
+        "best_step",
+        "record_sizes",
+    ],
 )
 def test_a_header_without_a_field_is_refused(name: str, parts: Parts, tmp_path: Path):
     del parts.fields[name]
@@ -396,10 +474,8 @@ def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
 
 def npy_header(text: str, version: int = 1, claimed: int | None = None) -> bytes:
     """A leaf that begins with this header, true or not, before 1000 zeros."""
-    length = len(text) if claimed is None else claimed
-    return (
-        b"\x93NUMPY" + bytes([version, 0]) + length.to_bytes(2 if version == 1 else 4, "little") + text.encode() + bytes(1000)
-    )
+    length = (len(text) if claimed is None else claimed).to_bytes(2 * min(version, 2), "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text.encode() + bytes(1000)
 
 
 class Canary:
@@ -424,6 +500,23 @@ def header_line(line: bytes) -> Callable[[Parts, Path], Any]:
     return lambda parts, _: setattr(parts, "line", line)
 
 
+def with_text(field: bytes) -> Callable[[Parts, Path], Any]:
+    """The header with one more field behind the others, as text: JSON takes the last of a name."""
+
+    def change(parts: Parts, _: Path) -> None:
+        parts.line = json.dumps(parts.fields).encode()[:-1] + b", " + field + b"}"
+
+    return change
+
+
+def with_spaces(parts: Parts, _: Path) -> None:
+    parts.line = json.dumps(parts.fields).encode() + b" " * (2 << 20)
+
+
+def many_batches(parts: Parts, _: Path) -> None:
+    parts.fields["config"]["trainer"].update(batch_size=10**12, grad_accum_steps=7)
+
+
 def all_sizes(parts: Parts, _: Path) -> None:
     """A header that agrees with itself: 10^9 layers in the configuration and in the table."""
     parts.set("config.model.num_layers", 10**9)
@@ -435,11 +528,15 @@ def overflowing_sizes(parts: Parts, _: Path) -> None:
     """Sizes whose product is 0 modulo 2^64, in the configuration and in the table."""
     parts.set("config.model.d_ff", 2**62)
     for entry in parts.fields["leaves"]:
-        entry[2] = [1, 2**62, 4] if "up_proj" in entry[0] else [1, 4, 2**62] if "down_proj" in entry[0] else entry[2]
+        if "up_proj" in entry[0]:
+            entry[2] = [1, 2**62, 4]
+        elif "down_proj" in entry[0]:
+            entry[2] = [1, 4, 2**62]
 
 
 def pickled_leaf(parts: Parts, canary: Path) -> None:
-    parts.leaves[0] = npy(np.array([Canary(canary)] * 24, dtype=object).reshape(6, 4), allow_pickle=True)
+    objects = np.array([Canary(canary)] * 24, dtype=object).reshape(6, 4)
+    parts.leaves[0] = npy(objects, allow_pickle=True)
 
 
 def pickled_table(parts: Parts, canary: Path) -> None:
@@ -450,15 +547,17 @@ def pickled_table(parts: Parts, canary: Path) -> None:
 LEAF = "{'descr': '<f4', 'fortran_order': False, 'shape': (6, 4), }"
 HOSTILE: dict[str, Callable[[Parts, Path], Any]] = {
     **{f"num_layers={n:.0e}": field("config.model.num_layers", n) for n in (10**9, 10**12, 10**30)},
-    **{f"d_model={n:.0e}": field("config.model.d_model", n) for n in (10**6, 10**9, 10**12, 10**30)},
+    **{
+        f"d_model={n:.0e}": field("config.model.d_model", n) for n in (10**6, 10**9, 10**12, 10**30)
+    },
     **{f"d_ff={n:.0e}": field("config.model.d_ff", n) for n in (10**9, 2**62, 10**30)},
     **{f"num_heads={n:.0e}": field("config.model.num_heads", n) for n in (10**9, 10**12)},
-    "batch_size=1e12": lambda parts, _: parts.fields["config"]["trainer"].update(batch_size=10**12, grad_accum_steps=7),
+    "batch_size=1e12": many_batches,
     "num_layers=1e400": field("config.model.num_layers", 10**400),
     "num_layers=-1": field("config.model.num_layers", -1),
-    "learned positions, seq_len=1e12": lambda parts, _: parts.set("config.model.learned_positions", True).set(
-        "config.dataset.seq_len", 10**12
-    ),
+    "learned positions, seq_len=1e12": lambda parts, _: parts.set(
+        "config.model.learned_positions", True
+    ).set("config.dataset.seq_len", 10**12),
     "vocabulary of 900,000": field("vocabulary", "a" * 900_000),
     "1e9 layers throughout": all_sizes,
     "sizes that overflow": overflowing_sizes,
@@ -466,26 +565,26 @@ HOSTILE: dict[str, Callable[[Parts, Path], Any]] = {
     "leaves=5": field("leaves", 5),
     "leaves=[5]": field("leaves", [5]),
     "leaves={}": field("leaves", {"a": []}),
-    "leaves of deep lists": lambda parts, _: setattr(
-        parts, "line", json.dumps(parts.fields).encode()[:-1] + b', "leaves": ' + b"[" * 900 + b"]" * 900 + b"}"
-    ),
+    "leaves of deep lists": with_text(b'"leaves": ' + b"[" * 900 + b"]" * 900),
     "100,000 leaves": field("leaves", [["a", "b", []]] * 50_000),
-    "a leaf's name of two lines": lambda parts, _: parts.fields["leaves"].append(["a\nb\x1b[2J", "float32", [1]]),
+    "a leaf's name of two lines": lambda parts, _: parts.fields["leaves"].append(
+        ["a\nb\x1b[2J", "float32", [1]]
+    ),
     "two million brackets": header_line(b"[" * 2_000_000),
     "half a million brackets": header_line(b"[" * 500_000),
     "100,000 nested objects": header_line(b'{"a":' * 100_000),
-    "a setting's name of two lines": lambda parts, _: parts.fields["config"].update({"a\nb\x1b[2J": 1}),
-    "a setting's name of 100,000 characters": lambda parts, _: parts.fields["config"].update({"a" * 100_000: 1}),
+    "a setting's name of two lines": lambda parts, _: parts.fields["config"].update(
+        {"a\nb\x1b[2J": 1}
+    ),
+    "a setting's name of 100,000 characters": lambda parts, _: parts.fields["config"].update(
+        {"a" * 100_000: 1}
+    ),
     "a field's name of two lines": field("a\nb\x1b[2J", 1),
     "records of a negative size": field("record_sizes", {"metrics.jsonl": -1}),
-    "900 nested settings": lambda parts, _: setattr(
-        parts, "line", json.dumps(parts.fields).encode()[:-1] + b', "config": ' + b'{"a":' * 900 + b"1" + b"}" * 901
-    ),
+    "900 nested settings": with_text(b'"config": ' + b'{"a":' * 900 + b"1" + b"}" * 900),
     "a header of 2 MiB": field("vocabulary", "a" * (2 << 20)),
-    "2 MiB of spaces": lambda parts, _: setattr(parts, "line", json.dumps(parts.fields).encode() + b" " * (2 << 20)),
-    "a number of 5,000 digits": lambda parts, _: setattr(
-        parts, "line", json.dumps(parts.fields).encode().replace(b'"step": 7', b'"step": ' + b"9" * 5000)
-    ),
+    "2 MiB of spaces": with_spaces,
+    "a number of 5,000 digits": with_text(b'"step": ' + b"9" * 5000),
     "no header": header_line(b""),
     "a list for header": header_line(b"[1, 2]"),
     "null for header": header_line(b"null"),
@@ -552,14 +651,17 @@ def child_load_all(folder: str, good: str) -> None:
     Path("report.json").write_text(json.dumps(report))
 
 
-def test_hostile_files_are_refused_in_one_line_soon_and_without_memory(tiny_file: Path, nursery: "Nursery", tmp_path: Path):
-    """All of them by one process, which may take little more memory than it had before the first."""
+def test_hostile_files_are_refused_in_one_line_soon_and_without_memory(
+    tiny_file: Path, nursery: "Nursery", tmp_path: Path
+):
+    """One process reads them all, and may take little more memory than it had before the first."""
     whole = tiny_file.read_bytes()
     for number, change in enumerate(HOSTILE.values()):
         parts = Parts(whole)
         change(parts, tmp_path / "canary")
         write_forged(tmp_path / f"{number}.eqx", parts.content().replace(b"CANARY", b"canary"))
-    assert nursery.run(child_load_all, folder=str(tmp_path), good=str(tiny_file), seconds=4 * len(HOSTILE)) == 0
+    where, seconds = {"folder": str(tmp_path), "good": str(tiny_file)}, 4 * len(HOSTILE)
+    assert nursery.run(child_load_all, seconds=seconds, **where) == 0
     assert not (tmp_path / "canary").exists()
     verdicts = dict(zip(HOSTILE, json.loads((tmp_path / "report.json").read_text()), strict=True))
     assert {name: verdict for name, verdict in verdicts.items() if not is_refusal(**verdict)} == {}
@@ -572,14 +674,27 @@ def is_refusal(kind: str, text: str, seconds: float) -> bool:
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 70_000) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
-@hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
+generated = hypothesis.settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate],
+)
+
+
+@generated
 @hypothesis.given(value=JSON_VALUES, data=st.data())
-def test_any_value_anywhere_in_the_header_is_refused_or_harmless(tiny_file: Path, value: Any, data: st.DataObject):
+def test_any_value_anywhere_in_the_header_is_refused_or_harmless(
+    tiny_file: Path, value: Any, data: st.DataObject
+):
     """The digest is right. What is not refused has the leaves it had."""
     parts = Parts(tiny_file.read_bytes())
     places = list(walk(parts.fields))
@@ -590,14 +705,18 @@ def test_any_value_anywhere_in_the_header_is_refused_or_harmless(tiny_file: Path
 
 def walk(node: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key) of everything inside a JSON value; of a list, its two ends."""
-    keys = list(node) if isinstance(node, dict) else list({0, len(node) - 1}) if isinstance(node, list) and node else []
+    keys: list[Any] = list(node) if isinstance(node, dict) else []
+    if isinstance(node, list) and node:
+        keys = list({0, len(node) - 1})
     for key in keys:
         yield node, key
         yield from walk(node[key])
 
 
-@hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
-@hypothesis.given(place=st.floats(0, 1, exclude_max=True), in_header=st.booleans(), byte=st.integers(0, 255))
+@generated
+@hypothesis.given(
+    place=st.floats(0, 1, exclude_max=True), in_header=st.booleans(), byte=st.integers(0, 255)
+)
 def test_any_byte_anywhere_is_refused_or_harmless_even_with_the_digest_right(
     tiny_file: Path, place: float, in_header: bool, byte: int
 ):
@@ -614,9 +733,8 @@ def assert_refused_or_same(path: Path, original: Path) -> None:
     except CheckpointError as error:
         assert "\n" not in str(error)
         return
-    found, expected = (
-        [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(s)] for s in (state, checkpoint.load(original)[0])
-    )
+    states = (state, checkpoint.load(original)[0])
+    found, expected = ([np.asarray(a).tobytes() for a in jax.tree.leaves(s)] for s in states)
     assert found == expected
 
 
@@ -668,7 +786,9 @@ def test_a_configuration_is_data_and_neither_resolved_nor_instantiated(
     assert [path.name for path in tmp_path.iterdir()] == ["x.eqx"]
 
 
-def test_text_that_looks_like_yaml_stays_text(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_text_that_looks_like_yaml_stays_text(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     name = "!!python/object/apply:os.mkdir ['canary']"
     _, header = checkpoint.load(parts.set("config.wandb.name", name).write(tmp_path / "x.eqx"))
@@ -684,10 +804,13 @@ class Nursery:
 
     def __init__(self, stderr: Path):
         self._stderr = stderr
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_checkpoint as t; t.serve()"
+        path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+        code = f"{path}; import test_checkpoint as t; t.serve()"
         with open(stderr, "w") as file:
             command = [sys.executable, "-W", "ignore", "-c", code]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+            )
 
     def start(self, function: Callable[..., None], seconds: int = 60, **arguments: Any) -> int:
         """The process id of a new child; it is ended by SIGALRM after `seconds`."""
@@ -741,44 +864,57 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery.close()
 
 
-def make_run(run_dir: Path, said: list[str]) -> Run:
-    """A Run that only saves, its state the newest in `run_dir`, its messages in `said`."""
+def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
+    """A recorder that can only save, of a loop that only holds the newest state in `run_dir`.
+
+    Its messages go to `said`.
+    """
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     restored = load_newest(run_dir, said.append)
-    run = object.__new__(Run)
-    run.run_dir, run.config = run_dir, tiny_config() if restored is None else restored[1].config
-    run.state, run.step = (random_state(run.config), 0) if restored is None else (restored[0], restored[1].step)
-    run.corpus = SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=VOCABULARY), sha256="0f" * 32)
-    run.console = SimpleNamespace(say=said.append)
-    run.seconds_before, run.began = 0.0, time.perf_counter()
-    run.best_val_loss, run.best_step, run.versions = None, None, {}
-    run.devices = "1 x cpu"
-    note_saved(run)
-    return run
+    config = tiny_config() if restored is None else restored[1].config
+    recorder = object.__new__(Recorder)
+    recorder.loop = SimpleNamespace(
+        state=random_state(config) if restored is None else restored[0],
+        step=0 if restored is None else restored[1].step,
+        corpus=SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=VOCABULARY), sha256="0f" * 32),
+        seconds=time.perf_counter,
+        best_val_loss=None,
+        best_step=None,
+        devices="1 x cpu",
+    )
+    recorder.run_dir, recorder.config, recorder.versions = run_dir, config, {}
+    recorder.console = SimpleNamespace(say=said.append)
+    note_saved(recorder)
+    return recorder
 
 
-def note_saved(run: Run) -> None:
-    with open(run.run_dir / "saved", "a") as file:
-        file.write(f"{run.step}\n")
+def note_saved(recorder: Recorder) -> None:
+    with open(recorder.run_dir / "saved", "a") as file:
+        file.write(f"{recorder.loop.step}\n")
 
 
-def save_next(run: Run, *names: str) -> None:
+def save_next(recorder: Recorder, *names: str) -> None:
     """One more step, saved under `names`; then, and not before, noted in the file `saved`."""
-    run.step += 1
-    run.state = at_step(run.state, run.step)
+    loop = recorder.loop
+    loop.step += 1
+    loop.state = at_step(loop.state, loop.step)
     for name in names:
-        run._save(name)
-    note_saved(run)
+        recorder._save(name)
+    note_saved(recorder)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def steps_saved(run_dir: Path) -> int:
-    """The last step that was loaded, or whose saving was over, before the process was killed."""
+    """The last step that was loaded, or whose save was over, before the process was killed."""
     noted = run_dir / "saved"
     return int(noted.read_text().split()[-1]) if noted.exists() and noted.read_text() else 0
 
 
 def assert_newest_is_whole(run_dir: Path) -> int:
-    """The step of the newest checkpoint: one piece, undamaged, never older than the last save that was over."""
+    """The step of the newest checkpoint: whole, never older than the last save that was over."""
     said: list[str] = []
     newest = load_newest(run_dir, said.append)
     assert said == []
@@ -797,16 +933,19 @@ def assert_newest_is_whole(run_dir: Path) -> int:
 
 
 def child_save_forever(run_dir: str) -> None:
-    run = make_run(Path(run_dir), [])
+    recorder = make_recorder(Path(run_dir), [])
     while True:
-        save_next(run, *(("last", "best") if run.step % 3 == 0 else ("last",)))
+        save_next(recorder, *(("last", "best") if recorder.loop.step % 3 == 0 else ("last",)))
 
 
 def child_save_once(
-    run_dir: str, kill_at: int | None = None, largest: int | None = None, names: tuple = ("last", "best")
+    run_dir: str,
+    kill_at: int | None = None,
+    largest: int | None = None,
+    names: tuple = ("last", "best"),
 ) -> None:
-    """Save one step; be killed at the `kill_at`-th boundary of it, or by the kernel where a file passes `largest` bytes."""
-    run = make_run(Path(run_dir), [])
+    """Save one step; die at its `kill_at`-th boundary, or when a file passes `largest` bytes."""
+    recorder = make_recorder(Path(run_dir), [])
     if kill_at is not None:
         count = itertools.count()
 
@@ -828,7 +967,7 @@ def child_save_once(
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    save_next(run, *names)
+    save_next(recorder, *names)
 
 
 # ---- C1: SIGKILL
@@ -850,11 +989,11 @@ def test_sigkill_at_random_moments_leaves_the_newest_whole(nursery: Nursery, tmp
         reached = newest
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
     assert assert_newest_is_whole(tmp_path) == reached + 1
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.eqx", "last.eqx", "previous.eqx"]
+    assert files_in(tmp_path / "checkpoints") == ["best.eqx", "last.eqx", "previous.eqx"]
 
 
 def test_sigkill_at_every_boundary_leaves_the_newest_whole(nursery: Nursery, tmp_path: Path):
-    """Before and after every fsync, rename, link and unlink of a save, until a save sees no more of them."""
+    """Before and after every fsync, rename, link and unlink of a save, until none is left."""
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
     for kill_at in itertools.count():
@@ -864,12 +1003,15 @@ def test_sigkill_at_every_boundary_leaves_the_newest_whole(nursery: Nursery, tmp
             break
         assert code == -signal.SIGKILL
         assert before <= assert_newest_is_whole(tmp_path) <= before + 1
-    assert kill_at >= 14  # link and rename of the old file, fsync, rename, fsync of the new one and of the best, twice each
+    # Twice each: link, rename of the old file; fsync, rename, fsync of the new one and of the best
+    assert kill_at >= 14
     assert assert_newest_is_whole(tmp_path) == before + 1
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best.eqx", "last.eqx", "previous.eqx"]
+    assert files_in(tmp_path / "checkpoints") == ["best.eqx", "last.eqx", "previous.eqx"]
 
 
-def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_whole_or_absent(nursery: Nursery, tmp_path: Path):
+def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_whole_or_absent(
+    nursery: Nursery, tmp_path: Path
+):
     found = []
     for kill_at in itertools.count():
         run_dir = tmp_path / str(kill_at)
@@ -882,56 +1024,65 @@ def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_whole_or_absent(n
     assert found == sorted(found) and found[0] == 0 and found[-1] == 1
 
 
-def test_death_in_the_middle_of_a_write_leaves_the_newest_whole(tiny_file: Path, nursery: Nursery, tmp_path: Path):
+def test_death_in_the_middle_of_a_write_leaves_the_newest_whole(
+    tiny_file: Path, nursery: Nursery, tmp_path: Path
+):
     """The kernel ends the process with that many bytes of the new file written."""
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     size = (tmp_path / "checkpoints" / "last.eqx").stat().st_size
-    for largest in (0, 1, size // 2, size - 100):  # its size varies with the digits of the seconds in its header
+    # The size of a file varies with the digits of the seconds in its header
+    for largest in (0, 1, size // 2, size - 100):
         code = nursery.run(child_save_once, run_dir=str(tmp_path), largest=largest, names=("last",))
         assert code == -signal.SIGXFSZ
         assert (tmp_path / "checkpoints" / "last.tmp").stat().st_size == largest
         assert assert_newest_is_whole(tmp_path) == 2
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     assert assert_newest_is_whole(tmp_path) == 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.eqx", "previous.eqx"]
+    assert files_in(tmp_path / "checkpoints") == ["last.eqx", "previous.eqx"]
 
 
 # ---- C6: a full disk
 
 
 def child_full_disk(run_dir: str, largest: int) -> None:
-    """Try to save twice while no file may pass `largest` bytes, then tell what came of it and save with room again."""
+    """Try to save while no file may pass `largest` bytes, then save with room; report both."""
     said: list[str] = []
-    run = make_run(Path(run_dir), said)
-    last = run.run_dir / "checkpoints" / "last.eqx"
+    recorder = make_recorder(Path(run_dir), said)
+    last, loop = recorder.checkpoint_path("last"), recorder.loop
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = last.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     errors = []
     for _ in range(2):
         try:
-            checkpoint.save(last, at_step(run.state, run.step + 1), run._header())
+            checkpoint.save(last, at_step(loop.state, loop.step + 1), recorder._header())
         except OSError as error:
             errors.append(error.errno)
-    run._save("last")
-    run._save("best")
-    run._save("last")
+    unsaved = []
+    for name in ("last", "best", "last"):
+        recorder._save(name)
+        unsaved.append(recorder.unsaved)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     names = sorted(path.name for path in last.parent.iterdir())
     report = {"errors": errors, "said": said, "intact": last.read_bytes() == before, "names": names}
-    save_next(run, "last", "best")
-    (run.run_dir / "report.json").write_text(json.dumps(report))
+    save_next(recorder, "last", "best")
+    report |= {"unsaved": [*unsaved, recorder.unsaved]}
+    (recorder.run_dir / "report.json").write_text(json.dumps(report))
 
 
 @pytest.mark.parametrize("largest", [0, 1, 5000])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(largest: int, nursery: Nursery, tmp_path: Path):
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    largest: int, nursery: Nursery, tmp_path: Path
+):
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
     assert nursery.run(child_full_disk, run_dir=str(tmp_path), largest=largest) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["errors"]) == 2
     assert report["intact"]
-    assert report["said"] == ["checkpoint not written (File too large); training goes on, the last good one stays"] * 3
+    message = "checkpoint not written (File too large); training continues, the last good one stays"
+    assert report["said"] == [message] * 3
+    assert report["unsaved"] == ["File too large"] * 3 + [None]
     assert report["names"] == ["last.eqx", "previous.eqx"]
     assert assert_newest_is_whole(tmp_path) == 2  # with room again, the next save works
 
@@ -961,13 +1112,16 @@ def test_a_save_that_fails_anywhere_leaves_the_old_file_and_no_temporary_one(
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.eqx"]
 
 
-def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without the first, a power cut leaves an empty file under the new name; without the second, perhaps the old name."""
+def test_file_and_folder_are_flushed_before_and_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without the first, a power cut leaves an empty file; without the second, perhaps the old."""
     config, events = tiny_config(), []
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(file: int) -> None:
-        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{file}")).name, os.fstat(file).st_size if events == [] else 0))
+        name = Path(os.readlink(f"/proc/self/fd/{file}")).name
+        events.append(("fsync", name, os.fstat(file).st_size if events == [] else 0))
         fsync(file)
 
     def note_replace(old: Path, new: Path) -> None:
@@ -978,4 +1132,56 @@ def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path: Path,
     monkeypatch.setattr(os, "replace", note_replace)
     checkpoint.save(tmp_path / "last.eqx", random_state(config), make_header(config))
     size = (tmp_path / "last.eqx").stat().st_size
-    assert events == [("fsync", "last.tmp", size), ("replace", "last.tmp", "last.eqx"), ("fsync", tmp_path.name, 0)]
+    assert events == [
+        ("fsync", "last.tmp", size),
+        ("replace", "last.tmp", "last.eqx"),
+        ("fsync", tmp_path.name, 0),
+    ]
+
+
+# ---- a file kept under another name
+
+
+def test_a_file_kept_under_another_name_outlives_the_next_save(tmp_path: Path):
+    last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
+    write_durably(last, b"one")
+    keep_as(last, previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"one", b"one")
+    write_durably(last, b"two")
+    assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"one")
+    keep_as(last, previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"two", b"two")
+    assert files_in(tmp_path) == ["last.eqx", "previous.eqx"]
+
+
+def test_keeping_twice_without_a_save_between_leaves_no_temporary_file(tmp_path: Path):
+    """rename() between two names of one file does nothing, and says nothing."""
+    last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
+    write_durably(last, b"one")
+    keep_as(last, previous)
+    keep_as(last, previous)
+    assert files_in(tmp_path) == ["last.eqx", "previous.eqx"]
+
+
+def test_keeping_works_where_a_kill_left_a_temporary_file(tmp_path: Path):
+    last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
+    write_durably(last, b"one")
+    (tmp_path / "previous.tmp").write_bytes(b"left behind")
+    keep_as(last, previous)
+    assert previous.read_bytes() == b"one"
+    assert files_in(tmp_path) == ["last.eqx", "previous.eqx"]
+
+
+def test_a_filesystem_without_hard_links_gets_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
+    for content in (b"one", b"two"):
+        write_durably(last, content)
+        keep_as(last, previous)
+        assert (last.read_bytes(), previous.read_bytes()) == (content, content)
+    assert files_in(tmp_path) == ["last.eqx", "previous.eqx"]

@@ -58,7 +58,9 @@ def test_all_154_sonnets_stand_among_speeches() -> None:
 
 
 def test_no_headings_and_no_stage_directions() -> None:
-    direction = re.compile(r"^(?:ACT|SCENE|Exit|Exeunt|Re-enter|Enter (?!, sir))\b(?!, sir)", re.MULTILINE)
+    direction = re.compile(
+        r"^(?:ACT|SCENE|Exit|Exeunt|Re-enter|Enter (?!, sir))\b(?!, sir)", re.MULTILINE
+    )
     assert not direction.search(TEXT)
 
 
@@ -68,4 +70,6 @@ def test_validation_split_begins_with_a_whole_sonnet_and_holds_plays_too() -> No
     assert train + val == TEXT
     assert train.endswith("\n\n") and len(val.split("\n\n")[0].split("\n")) == 14
     assert sum(is_speech(block) for block in val.strip().split("\n\n")) > 100
-    assert corpus.baselines["uniform"] > corpus.baselines["unigram"] > corpus.baselines["bigram"] > 2.0
+    assert (
+        corpus.baselines["uniform"] > corpus.baselines["unigram"] > corpus.baselines["bigram"] > 2.0
+    )

@@ -59,7 +59,9 @@ def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
     np.testing.assert_array_equal(counts > 0, possible)
     expected = counts.sum() * probabilities[possible]
     degrees = possible.sum() - 1
-    assert ((counts[possible] - expected) ** 2 / expected).sum() <= degrees + 5 * np.sqrt(2 * degrees) + 5
+    assert ((counts[possible] - expected) ** 2 / expected).sum() <= degrees + 5 * np.sqrt(
+        2 * degrees
+    ) + 5
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -72,14 +74,26 @@ def test_frequencies_are_those_of_the_softmax_at_the_temperature(temperature, dt
 
 def test_temperature_zero_takes_the_most_likely_token_whatever_the_key():
     np.testing.assert_array_equal(draw(LOGITS, temperature=0.0) > 0, [False, False, True, False])
-    np.testing.assert_array_equal(draw(LOGITS, temperature=0.0, top_k=3, top_p=0.1) > 0, [False, False, True, False])
+    np.testing.assert_array_equal(
+        draw(LOGITS, temperature=0.0, top_k=3, top_p=0.1) > 0, [False, False, True, False]
+    )
 
 
 @pytest.mark.parametrize(
-    "top_k, kept", [(1, [2]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (100, [0, 1, 2, 3]), (None, [0, 1, 2, 3])]
+    "top_k, kept",
+    [
+        (1, [2]),
+        (2, [1, 2]),
+        (3, [1, 2, 3]),
+        (4, [0, 1, 2, 3]),
+        (100, [0, 1, 2, 3]),
+        (None, [0, 1, 2, 3]),
+    ],
 )
 def test_top_k_keeps_the_k_most_likely_tokens_and_their_proportions(top_k, kept):
-    assert_frequencies(draw(LOGITS, top_k=top_k), np.where(np.isin(range(4), kept), PROBABILITIES, 0))
+    assert_frequencies(
+        draw(LOGITS, top_k=top_k), np.where(np.isin(range(4), kept), PROBABILITIES, 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +110,9 @@ def test_top_k_keeps_the_k_most_likely_tokens_and_their_proportions(top_k, kept)
     ],
 )
 def test_top_p_keeps_the_fewest_tokens_that_reach_p_and_their_proportions(top_p, kept):
-    assert_frequencies(draw(LOGITS, top_p=top_p), np.where(np.isin(range(4), kept), PROBABILITIES, 0))
+    assert_frequencies(
+        draw(LOGITS, top_p=top_p), np.where(np.isin(range(4), kept), PROBABILITIES, 0)
+    )
 
 
 def test_top_k_comes_before_top_p():
@@ -107,7 +123,9 @@ def test_top_k_comes_before_top_p():
 
 def test_temperature_comes_before_top_p():
     """Heated, the best token is less likely, and the same p takes more tokens to reach."""
-    np.testing.assert_array_equal(draw(LOGITS, top_p=0.45, temperature=5.0) > 0, [False, True, True, False])
+    np.testing.assert_array_equal(
+        draw(LOGITS, top_p=0.45, temperature=5.0) > 0, [False, True, True, False]
+    )
 
 
 def test_top_k_keeps_exactly_k_of_tokens_that_tie():
@@ -123,7 +141,9 @@ def next_token(model: GPT, window: jax.Array, length: jax.Array) -> jax.Array:
     return jnp.argmax(model(window)[length - 1])
 
 
-def greedy_without_cache(model: GPT, prompt: np.ndarray, num_tokens: int, context: int = CONTEXT) -> np.ndarray:
+def greedy_without_cache(
+    model: GPT, prompt: np.ndarray, num_tokens: int, context: int = CONTEXT
+) -> np.ndarray:
     """The rule of generate(): a window grows until it is full; then its last half is read again from position 0."""
     keep = max(1, context // 2)
     window = list(prompt)
@@ -131,7 +151,9 @@ def greedy_without_cache(model: GPT, prompt: np.ndarray, num_tokens: int, contex
     for _ in range(num_tokens):
         if len(window) >= context:
             window = window[-keep:]
-        padded = jnp.asarray(window + [0] * (context - len(window)), jnp.int32)  # what follows is not seen: causal
+        padded = jnp.asarray(
+            window + [0] * (context - len(window)), jnp.int32
+        )  # what follows is not seen: causal
         made.append(int(next_token(model, padded, len(window))))
         window.append(made[-1])
     return np.array(made)
@@ -156,7 +178,10 @@ def check_greedy(mha_type, prompt_len):
     np.testing.assert_array_equal(text(model, prompt, num_tokens, temperature=0.0)[0], expected)
 
 
-@pytest.mark.parametrize("overrides", [("model.rope=false", "model.learned_positions=true"), ("model.norm_position=post",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [("model.rope=false", "model.learned_positions=true"), ("model.norm_position=post",)],
+)
 def test_greedy_text_with_the_cache_equals_greedy_text_without_in_other_models(overrides):
     model, prompt = make(AttentionType.standard, *overrides), prompt_of(3)
     expected = greedy_without_cache(model, prompt, 2 * CONTEXT)
@@ -167,12 +192,22 @@ def test_greedy_text_with_the_cache_equals_greedy_text_without_in_other_models(o
 def test_the_smallest_contexts_slide_too(context):
     model, prompt = make(AttentionType.standard), prompt_of(2)
     expected = greedy_without_cache(model, prompt, 7, context)
-    np.testing.assert_array_equal(text(model, prompt, 7, temperature=0.0, max_seq_len=context)[0], expected)
+    np.testing.assert_array_equal(
+        text(model, prompt, 7, temperature=0.0, max_seq_len=context)[0], expected
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 9, 17])
 def test_pieces_add_up_to_exactly_the_tokens_that_were_asked_for(num_tokens):
-    pieces = list(generate(make(AttentionType.gqa, ONE_LAYER), prompt_of(4), num_tokens, max_seq_len=CONTEXT, keys=keys_of(3)))
+    pieces = list(
+        generate(
+            make(AttentionType.gqa, ONE_LAYER),
+            prompt_of(4),
+            num_tokens,
+            max_seq_len=CONTEXT,
+            keys=keys_of(3),
+        )
+    )
     assert all(piece.shape[0] == 3 and piece.shape[1] > 0 for piece in pieces)
     assert sum(piece.shape[1] for piece in pieces) == num_tokens
     assert all(piece.min() >= 0 and piece.max() < VOCAB for piece in pieces)
@@ -192,11 +227,20 @@ def test_a_text_depends_neither_on_its_length_nor_on_the_size_of_its_pieces():
     assert len(set(whole[0])) > 5
     np.testing.assert_array_equal(text(model, prompt, 6, temperature=3.0), whole[:, :6])
     for size in (1, 2, 4):
-        np.testing.assert_array_equal(text(model, prompt, 20, temperature=3.0, tokens_per_piece=size), whole)
+        np.testing.assert_array_equal(
+            text(model, prompt, 20, temperature=3.0, tokens_per_piece=size), whole
+        )
 
 
 def test_pieces_are_no_larger_than_asked_so_that_text_can_be_shown_while_it_is_made():
-    pieces = generate(make(AttentionType.mqa, ONE_LAYER), prompt_of(2), 9, max_seq_len=32, keys=keys_of(1), tokens_per_piece=3)
+    pieces = generate(
+        make(AttentionType.mqa, ONE_LAYER),
+        prompt_of(2),
+        9,
+        max_seq_len=32,
+        keys=keys_of(1),
+        tokens_per_piece=3,
+    )
     assert [piece.shape[1] for piece in pieces] == [1, 3, 3, 2]
 
 
@@ -247,11 +291,22 @@ def test_a_models_blocks_in_arrays_of_their_own_compute_the_same(mha_type):
     model = make(mha_type, ONE_LAYER)
     tokens = jnp.asarray(prompt_of(CONTEXT))
     unstacked = model.unstack()
-    logits = [eqx.filter_jit(m.decode)(tokens, m.init_cache(CONTEXT), 0)[0] for m in (model, unstacked, unstacked.unstack())]
+    logits = [
+        eqx.filter_jit(m.decode)(tokens, m.init_cache(CONTEXT), 0)[0]
+        for m in (model, unstacked, unstacked.unstack())
+    ]
     np.testing.assert_array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(logits[0], logits[2])
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
-        next(generate(make(AttentionType.standard, ONE_LAYER), prompt_of(0), 4, max_seq_len=CONTEXT, keys=keys_of(1)))
+        next(
+            generate(
+                make(AttentionType.standard, ONE_LAYER),
+                prompt_of(0),
+                4,
+                max_seq_len=CONTEXT,
+                keys=keys_of(1),
+            )
+        )

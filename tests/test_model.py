@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from conftest import filled, small_config
 
-from chargpt.config import Activation, AttentionType, ConfigError, ModelConfig
-from chargpt.flops import count_parameters, kv_cache_bytes_per_token
+from chargpt.config import Activation, AttentionType, ModelConfig
+from chargpt.costs import count_parameters, kv_cache_bytes_per_token
+from chargpt.errors import ConfigError
 from chargpt.model import GPT, Block, FeedForward, make_norm, take_rows
 
 VOCAB, SEQ_LEN = 11, 9
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 10])
 
 forward = eqx.filter_jit(lambda model, tokens, **key: model(tokens, **key))
-decode = eqx.filter_jit(lambda model, tokens, cache, position: model.decode(tokens, cache, position))
+decode = eqx.filter_jit(
+    lambda model, tokens, cache, position: model.decode(tokens, cache, position)
+)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +112,10 @@ def test_residual_scale_is_a_factor_on_both_branches(norm_position):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logit_softcap_bends_logits_by_its_formula(tied):
-    capped, bare = make(f"tie_embeddings={tied}", "logit_softcap=0.7"), make(f"tie_embeddings={tied}")
+    capped, bare = (
+        make(f"tie_embeddings={tied}", "logit_softcap=0.7"),
+        make(f"tie_embeddings={tied}"),
+    )
     logits = np.asarray(forward(bare, TOKENS))
     assert np.abs(logits).max() > 1
     close(forward(capped, TOKENS), 0.7 * np.tanh(logits / 0.7))
@@ -130,7 +136,9 @@ def test_every_activation_equals_its_formula(activation):
     up = x @ np.asarray(layer.up_proj.weight).T
     assert (layer.gate_proj is not None) == (activation is Activation.swiglu)
     gate = None if layer.gate_proj is None else x @ np.asarray(layer.gate_proj.weight).T
-    close(layer(jnp.asarray(x)), FORMULAS[activation](up, gate) @ np.asarray(layer.down_proj.weight).T)
+    close(
+        layer(jnp.asarray(x)), FORMULAS[activation](up, gate) @ np.asarray(layer.down_proj.weight).T
+    )
 
 
 def test_tied_embeddings_are_one_matrix_that_learns_from_both_ends():
@@ -163,7 +171,9 @@ def test_order_is_seen_only_through_positions(learned_positions):
 @pytest.mark.parametrize("mha_type", ["standard", "gqa", "mqa"])
 def test_qk_norm_changes_the_model_and_has_its_own_weights(mha_type):
     bare, normed = make(f"mha_type={mha_type}"), make(f"mha_type={mha_type}", "qk_norm=true")
-    assert sum(count_parameters(normed).values()) - sum(count_parameters(bare).values()) == 2 * 2 * 4
+    assert (
+        sum(count_parameters(normed).values()) - sum(count_parameters(bare).values()) == 2 * 2 * 4
+    )
     assert np.abs(forward(normed, TOKENS) - forward(bare, TOKENS)).max() > 1e-2
 
 
@@ -200,10 +210,14 @@ def test_the_shape_checker_watches_the_model():
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_decode_equals_the_forward_pass(mha_type, positions):
     """A prompt, then token by token, in a cache longer than the sequence."""
-    model = of_type(mha_type, f"rope={positions == 'rope'}", f"learned_positions={positions == 'learned'}")
+    model = of_type(
+        mha_type, f"rope={positions == 'rope'}", f"learned_positions={positions == 'learned'}"
+    )
     expected = forward(model, TOKENS)
     prompt_len = 4
-    prompt_logits, cache = decode(model, TOKENS[:prompt_len], model.init_cache(SEQ_LEN + 3), jnp.asarray(0))
+    prompt_logits, cache = decode(
+        model, TOKENS[:prompt_len], model.init_cache(SEQ_LEN + 3), jnp.asarray(0)
+    )
     close(prompt_logits, expected[:prompt_len])
     for position in range(prompt_len, SEQ_LEN):
         logits, cache = decode(model, TOKENS[position : position + 1], cache, jnp.asarray(position))
@@ -253,7 +267,13 @@ def linears(tree) -> dict[str, jax.Array]:
 
 @functools.cache
 def initialised(mha_type: AttentionType, seed: int = 0) -> GPT:
-    overrides = ("d_model=64", "num_layers=3", "activation=swiglu", "rope=false", "learned_positions=true")
+    overrides = (
+        "d_model=64",
+        "num_layers=3",
+        "activation=swiglu",
+        "rope=false",
+        "learned_positions=true",
+    )
     config = model_config(f"mha_type={mha_type.name}", *overrides)
     return GPT(config, 96, 64, key=jax.random.key(seed))
 
@@ -261,7 +281,9 @@ def initialised(mha_type: AttentionType, seed: int = 0) -> GPT:
 def test_initialisation_is_that_of_gpt2(mha_type):
     model = initialised(mha_type)
     residual = 0
-    for name, weight in (linears(model) | {"tokens": model.embedding, "positions": model.position_embedding}).items():
+    for name, weight in (
+        linears(model) | {"tokens": model.embedding, "positions": model.position_embedding}
+    ).items():
         onto_residual = name in ("o_proj", "output_proj", "down_proj")
         residual += onto_residual
         std = 0.02 / math.sqrt(2 * model.num_layers) if onto_residual else 0.02
@@ -278,7 +300,11 @@ def test_zero_init_starts_with_even_odds_and_blocks_that_do_nothing(mha_type):
     config = model_config(f"mha_type={mha_type.name}", "zero_init=true", "num_layers=1")
     model = eqx.filter_jit(lambda key: GPT(config, VOCAB, SEQ_LEN, key=key))(jax.random.key(0))
     zero = {name for name, weight in linears(model).items() if (weight == 0).all()}
-    assert {"head", "down_proj"} < zero and len(zero) == 3 and zero < {"head", "down_proj", "o_proj", "output_proj"}
+    assert (
+        {"head", "down_proj"} < zero
+        and len(zero) == 3
+        and zero < {"head", "down_proj", "o_proj", "output_proj"}
+    )
     np.testing.assert_array_equal(forward(model, TOKENS), np.zeros((SEQ_LEN, VOCAB)))
 
     probe = jax.random.normal(jax.random.key(1), (SEQ_LEN, VOCAB))
@@ -325,7 +351,9 @@ def test_every_array_is_a_parameter_and_all_are_counted(mha_type):
     model = of_type(mha_type, "learned_positions=true")
     arrays = [leaf for leaf in jax.tree.leaves(model) if eqx.is_array(leaf)]
     assert all(eqx.is_inexact_array(leaf) for leaf in arrays)
-    expected = 2 * VOCAB * 16 + SEQ_LEN * 16 + 2 * (attention_size(mha_type) + 2 * 16 * 64 + 2 * 16) + 16
+    expected = (
+        2 * VOCAB * 16 + SEQ_LEN * 16 + 2 * (attention_size(mha_type) + 2 * 16 * 64 + 2 * 16) + 16
+    )
     assert sum(leaf.size for leaf in arrays) == sum(count_parameters(model).values()) == expected
 
 
@@ -344,7 +372,9 @@ def test_dropout_is_off_without_a_key_and_on_with_one(mha_type):
     with_dropout, without = of_type(mha_type, "dropout=0.5"), of_type(mha_type)
     np.testing.assert_array_equal(forward(with_dropout, TOKENS), forward(without, TOKENS))
     keys = jax.random.split(jax.random.key(0))
-    first, again, other = (forward(with_dropout, TOKENS, key=key) for key in (keys[0], keys[0], keys[1]))
+    first, again, other = (
+        forward(with_dropout, TOKENS, key=key) for key in (keys[0], keys[0], keys[1])
+    )
     np.testing.assert_array_equal(first, again)
     for one, two in ((first, other), (first, forward(without, TOKENS))):
         assert np.abs(one - two).max() > 1e-2
@@ -356,11 +386,17 @@ def test_dropout_keeps_the_expectation_of_a_branch(branch):
     """Of the branch, never of the stream: each number of it is dropped, or scaled by 1 / (1 - rate)."""
     rate, draws = 0.25, 4000
     block = Block(model_config(f"dropout={rate}"), key=jax.random.key(0))
-    silent = (lambda b: b.feed_forward.down_proj.weight) if branch == "attention" else (lambda b: b.attention.o_proj.weight)
+    silent = (
+        (lambda b: b.feed_forward.down_proj.weight)
+        if branch == "attention"
+        else (lambda b: b.attention.o_proj.weight)
+    )
     block = eqx.tree_at(silent, block, replace_fn=jnp.zeros_like)
     x = jax.random.normal(jax.random.key(1), (3, 16))
     full = np.asarray(block(x) - x)
-    noisy = eqx.filter_jit(jax.vmap(lambda key: block(x, key=key) - x))(jax.random.split(jax.random.key(2), draws))
+    noisy = eqx.filter_jit(jax.vmap(lambda key: block(x, key=key) - x))(
+        jax.random.split(jax.random.key(2), draws)
+    )
     kept = np.abs(noisy) > 1e-6
     close(noisy[kept], np.broadcast_to(full / (1 - rate), noisy.shape)[kept], atol=1e-5)
     assert abs(kept.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / kept.size)
@@ -371,7 +407,9 @@ def test_dropout_keeps_the_expectation_of_a_branch(branch):
 def test_dropout_is_drawn_anew_in_every_layer_and_branch():
     """Silence all branches but one: which numbers of the stream move, tells that branch's mask."""
     model = make("dropout=0.5")
-    scale = lambda block, which, gain: eqx.tree_at(which, block, replace_fn=lambda weight: gain * weight)  # noqa: E731
+    scale = lambda block, which, gain: eqx.tree_at(
+        which, block, replace_fn=lambda weight: gain * weight
+    )  # noqa: E731
     branches = (lambda b: b.attention.o_proj.weight, lambda b: b.feed_forward.down_proj.weight)
     masks = []
     for layer in range(2):
@@ -387,10 +425,18 @@ def test_dropout_is_drawn_anew_in_every_layer_and_branch():
 
 def stream_moves(model: GPT) -> np.ndarray:
     """Where the blocks move the stream, under one fixed dropout key."""
-    model = eqx.tree_at(lambda m: m.head.weight, model, jnp.eye(16))  # logits show the stream itself,
+    model = eqx.tree_at(
+        lambda m: m.head.weight, model, jnp.eye(16)
+    )  # logits show the stream itself,
     model = eqx.tree_at(lambda m: m.final_norm, model, eqx.nn.Identity())  # not normalised
     still = eqx.tree_at(lambda m: m.blocks, model, jax.tree.map(zeroed, model.blocks))
-    return np.abs(forward(model, TOKENS, key=jax.random.key(0)) - forward(still, TOKENS, key=jax.random.key(0))) > 1e-6
+    return (
+        np.abs(
+            forward(model, TOKENS, key=jax.random.key(0))
+            - forward(still, TOKENS, key=jax.random.key(0))
+        )
+        > 1e-6
+    )
 
 
 def zeroed(leaf):
@@ -412,7 +458,9 @@ def test_take_rows_equals_indexing_and_so_does_its_gradient(rows, dtype):
     gradient = jax.grad(lambda table: jnp.vdot(weights, take_rows(table, indices)))(table)
     expected = jax.grad(lambda table: jnp.vdot(weights, table[indices]))(table)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.03
-    np.testing.assert_allclose(gradient.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance
+    )
 
 
 # --- narrow numbers
@@ -420,12 +468,16 @@ def test_take_rows_equals_indexing_and_so_does_its_gradient(rows, dtype):
 
 def test_bfloat16_logits_are_bfloat16_and_near_those_of_float32(mha_type):
     model = of_type(mha_type)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, model)
+    narrow = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, model
+    )
     wide = forward(model, TOKENS)
     logits = forward(narrow, TOKENS)
     cache = narrow.init_cache(SEQ_LEN)
     decoded, cache = eqx.filter_eval_shape(narrow.decode, TOKENS, cache, 0)
-    assert {leaf.dtype for leaf in jax.tree.leaves((logits, decoded, cache))} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, decoded, cache))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     assert np.abs(logits.astype(jnp.float32) - wide).max() < 0.05 * np.abs(wide).max()
 
 
@@ -443,5 +495,7 @@ def test_matched_parameters_are_those_of_standard_to_half_a_hidden_unit(mha_type
 
 
 def test_a_match_that_no_feed_forward_layer_can_pay_for_is_refused():
-    with pytest.raises(ConfigError, match=r"^model.match=params: selective attention has .* write a larger one"):
+    with pytest.raises(
+        ConfigError, match=r"^model.match=params: selective attention has .* write a larger one"
+    ):
         shapes("model.mha_type=selective", "model.match=params", "model.d_ff=4")

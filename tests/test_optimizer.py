@@ -18,11 +18,17 @@ from chargpt.optimizer import decay_mask, make_optimizer, make_schedule
 
 PEAK, FINAL, WARMUP, STEPS = 0.1, 0.02, 10, 110
 CONFIG: OptimizerConfig = dataclasses.replace(
-    small_config().optimizer, learning_rate=PEAK, final_lr_fraction=FINAL / PEAK, warmup_steps=WARMUP, decay_fraction=0.2
+    small_config().optimizer,
+    learning_rate=PEAK,
+    final_lr_fraction=FINAL / PEAK,
+    warmup_steps=WARMUP,
+    decay_fraction=0.2,
 )
 
 
-def rates(schedule: Schedule, warmup_steps: int = WARMUP, num_steps: int = STEPS, **options: float) -> np.ndarray:
+def rates(
+    schedule: Schedule, warmup_steps: int = WARMUP, num_steps: int = STEPS, **options: float
+) -> np.ndarray:
     """The learning rate at steps 0 … num_steps, the end included."""
     config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, **options)
     return np.asarray(jax.vmap(make_schedule(config, num_steps))(jnp.arange(num_steps + 1)))
@@ -96,12 +102,16 @@ def make_params(mha_type: AttentionType) -> GPT:
     shapes = eqx.filter_eval_shape(lambda key: GPT(config, 7, 8, key=key), jax.random.key(0))
     random = np.random.default_rng(0)
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
-    numbers = lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype) if is_shape(leaf) else leaf  # noqa: E731
+    numbers = lambda leaf: (
+        jnp.asarray(random.normal(size=leaf.shape), leaf.dtype) if is_shape(leaf) else leaf
+    )  # noqa: E731
     return eqx.filter(jax.tree.map(numbers, shapes), eqx.is_inexact_array)
 
 
 def by_name(tree) -> dict:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_exactly_the_weights_of_linear_layers_decay(mha_type):
@@ -116,12 +126,16 @@ def test_exactly_the_weights_of_linear_layers_decay(mha_type):
 
 def test_without_gradient_linear_weights_shrink_and_nothing_else_moves(mha_type):
     params = make_params(mha_type)
-    config = dataclasses.replace(CONFIG, weight_decay=0.5, schedule=Schedule.constant, warmup_steps=0)
+    config = dataclasses.replace(
+        CONFIG, weight_decay=0.5, schedule=Schedule.constant, warmup_steps=0
+    )
     optimizer = make_optimizer(config, STEPS)
 
     @jax.jit
     def update(params):
-        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        updates, _ = optimizer.update(
+            jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+        )
         return optax.apply_updates(params, updates)
 
     before, after = by_name(params), by_name(update(params))
@@ -146,28 +160,41 @@ def first_moment(norm: float, grad_clip: float | None) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("norm", "grad_clip", "expected"), [(10.0, 1.0, 1.0), (10.0, 0.25, 0.25), (0.5, 1.0, 0.5), (10.0, None, 10.0)]
+    ("norm", "grad_clip", "expected"),
+    [(10.0, 1.0, 1.0), (10.0, 0.25, 0.25), (0.5, 1.0, 0.5), (10.0, None, 10.0)],
 )
 def test_gradients_are_scaled_down_to_the_largest_norm_allowed(norm, grad_clip, expected):
-    np.testing.assert_allclose(first_moment(norm, grad_clip), expected * PARAMS.weight / optax.tree.norm(PARAMS), rtol=1e-5)
+    np.testing.assert_allclose(
+        first_moment(norm, grad_clip), expected * PARAMS.weight / optax.tree.norm(PARAMS), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_updates_are_those_of_adamw(weight_decay):
     config = dataclasses.replace(
-        CONFIG, weight_decay=weight_decay, grad_clip=None, beta1=0.8, beta2=0.95, eps=1e-3, schedule=Schedule.cosine
+        CONFIG,
+        weight_decay=weight_decay,
+        grad_clip=None,
+        beta1=0.8,
+        beta2=0.95,
+        eps=1e-3,
+        schedule=Schedule.cosine,
     )
     optimizer = make_optimizer(config, STEPS)
     params, state = PARAMS, optimizer.init(PARAMS)
     weight, mean, square = np.asarray(PARAMS.weight, np.float64), 0.0, 0.0
     for step in range(4):
         gradient = np.random.default_rng(step).normal(size=weight.shape)
-        grads = eqx.tree_at(lambda linear: linear.weight, PARAMS, jnp.asarray(gradient, jnp.float32))
+        grads = eqx.tree_at(
+            lambda linear: linear.weight, PARAMS, jnp.asarray(gradient, jnp.float32)
+        )
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
 
         mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
-        direction = (mean / (1 - 0.8 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-3)
+        direction = (mean / (1 - 0.8 ** (step + 1))) / (
+            np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-3
+        )
         weight = weight - PEAK * (step + 1) / (WARMUP + 1) * (direction + weight_decay * weight)
         np.testing.assert_allclose(params.weight, weight, rtol=1e-5, atol=1e-7)
 
@@ -175,7 +202,13 @@ def test_updates_are_those_of_adamw(weight_decay):
 # --- Muon
 
 MUON = dataclasses.replace(
-    CONFIG, name=OptimizerName.muon, momentum=0.9, weight_decay=0.5, grad_clip=None, schedule=Schedule.constant, warmup_steps=0
+    CONFIG,
+    name=OptimizerName.muon,
+    momentum=0.9,
+    weight_decay=0.5,
+    grad_clip=None,
+    schedule=Schedule.constant,
+    warmup_steps=0,
 )
 HIDDEN = re.compile(r"^\.blocks\..*_proj\.weight$")
 
@@ -188,30 +221,45 @@ def orthogonalised(matrix: np.ndarray, steps: int = 5) -> np.ndarray:
     return 0.2 * math.sqrt(max(matrix.shape)) * x
 
 
-@pytest.mark.parametrize(("out", "into", "steps"), [(3, 6, 5), (6, 3, 5), (4, 4, 2)], ids=["wide", "tall", "square"])
+@pytest.mark.parametrize(
+    ("out", "into", "steps"), [(3, 6, 5), (6, 3, 5), (4, 4, 2)], ids=["wide", "tall", "square"]
+)
 def test_muon_orthogonalises_the_momentum_of_every_layer_by_itself(out, into, steps):
     """Nesterov's momentum, each part with its own bias correction; one layer's gradients are a thousand times another's."""
     config = dataclasses.replace(MUON, newton_schulz_steps=steps, adam_learning_rate=123.0)
     weight = np.random.default_rng(9).normal(size=(3, out, into))
-    linear = eqx.filter_eval_shape(lambda key: eqx.nn.Linear(into, out, use_bias=False, key=key), jax.random.key(0))
-    stacked = lambda numbers: eqx.tree_at(lambda node: node.weight, linear, jnp.asarray(numbers, jnp.float32))  # noqa: E731
+    linear = eqx.filter_eval_shape(
+        lambda key: eqx.nn.Linear(into, out, use_bias=False, key=key), jax.random.key(0)
+    )
+    stacked = lambda numbers: eqx.tree_at(
+        lambda node: node.weight, linear, jnp.asarray(numbers, jnp.float32)
+    )  # noqa: E731
     optimizer, params = make_optimizer(config, STEPS), stacked(weight)
     update, state, mean = jax.jit(optimizer.update), optimizer.init(params), 0.0
     for step in range(3):
-        gradient = np.random.default_rng(step).normal(size=weight.shape) * np.array([1, 1e-3, 1])[:, None, None]
+        gradient = (
+            np.random.default_rng(step).normal(size=weight.shape)
+            * np.array([1, 1e-3, 1])[:, None, None]
+        )
         updates, state = update(stacked(gradient), state, params)
         params = optax.apply_updates(params, updates)
 
         mean = 0.9 * mean + 0.1 * gradient
         momentum = 0.9 * mean / (1 - 0.9 ** (step + 2)) + 0.1 * gradient / (1 - 0.9 ** (step + 1))
         directions = np.stack([orthogonalised(matrix, steps) for matrix in momentum])
-        np.testing.assert_allclose(updates.weight, -PEAK * (directions + 0.5 * weight), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            updates.weight, -PEAK * (directions + 0.5 * weight), rtol=1e-3, atol=1e-5
+        )
         weight = weight - PEAK * (directions + 0.5 * weight)
         across = np.stack([orthogonalised(matrix.T, steps).T for matrix in momentum])
-        np.testing.assert_allclose(across, directions, rtol=1e-9, atol=1e-12)  # orientation does not matter
+        np.testing.assert_allclose(
+            across, directions, rtol=1e-9, atol=1e-12
+        )  # orientation does not matter
 
 
-def matrices_in(name: str, out: int, into: int, mha_type: AttentionType) -> list[tuple[np.ndarray, np.ndarray]]:
+def matrices_in(
+    name: str, out: int, into: int, mha_type: AttentionType
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows and columns of each matrix that a projection is fused of."""
     rows, columns = np.arange(out), np.arange(into)
     projection = name.removesuffix(".weight").rpartition(".")[2]
@@ -229,10 +277,15 @@ def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everyt
     params = make_params(mha_type)
     grads = jax.tree.map(lambda leaf: leaf[::-1] + 0.1, params)
     optimizer = make_optimizer(dataclasses.replace(MUON, adam_learning_rate=0.01), STEPS)
-    updates = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(grads, params)
+    updates = jax.jit(
+        lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0]
+    )(grads, params)
     weights, gradients, moves = by_name(params), by_name(grads), by_name(updates)
     hidden = {name for name in moves if HIDDEN.search(name)}
-    assert hidden == {name for name in moves if LINEAR.search(name)} - {".head.weight"} and len(hidden) >= 5
+    assert (
+        hidden == {name for name in moves if LINEAR.search(name)} - {".head.weight"}
+        and len(hidden) >= 5
+    )
     for name, move in moves.items():
         gradient = np.asarray(gradients[name], np.float64)
         if name in hidden:
@@ -249,10 +302,17 @@ def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everyt
 @pytest.mark.parametrize("adam_learning_rate", [None, 0.03])
 def test_adam_beside_muon_follows_the_same_schedule_from_its_own_peak(adam_learning_rate):
     """Without one of its own, from that of Muon."""
-    config = dataclasses.replace(MUON, adam_learning_rate=adam_learning_rate, schedule=Schedule.wsd, warmup_steps=1)
+    config = dataclasses.replace(
+        MUON, adam_learning_rate=adam_learning_rate, schedule=Schedule.wsd, warmup_steps=1
+    )
     optimizer = make_optimizer(dataclasses.replace(config, beta1=0.0, beta2=0.0), 4)
     state, found = optimizer.init(PARAMS), []
     for _ in range(4):
         updates, state = optimizer.update(PARAMS, state, PARAMS)
         found.append(float(np.abs(updates.weight).mean()))
-    close(found, (adam_learning_rate or PEAK) / PEAK * np.asarray(jax.vmap(make_schedule(config, 4))(jnp.arange(4))))
+    close(
+        found,
+        (adam_learning_rate or PEAK)
+        / PEAK
+        * np.asarray(jax.vmap(make_schedule(config, 4))(jnp.arange(4))),
+    )

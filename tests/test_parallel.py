@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from chargpt.config import AttentionType, Config, ConfigError
+from chargpt.config import AttentionType, Config
 from chargpt.corpus import make_windows
+from chargpt.errors import ConfigError
 from chargpt.parallel import Devices, choose_devices
-from chargpt.train import TrainState, eval_batch_size, evaluate, init_state, make_inputs, train_step, train_steps
+from chargpt.train import (
+    TrainState,
+    eval_batch_size,
+    evaluate,
+    init_state,
+    make_inputs,
+    train_step,
+    train_steps,
+)
 
 VOCAB = 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.int32)
@@ -36,7 +45,9 @@ def test_there_are_two_devices_to_test_with():
     assert len(jax.devices()) == 2
 
 
-@pytest.mark.parametrize("mha_type", [AttentionType.selective, AttentionType.mla, AttentionType.equinox])
+@pytest.mark.parametrize(
+    "mha_type", [AttentionType.selective, AttentionType.mla, AttentionType.equinox]
+)
 def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
     """With Muon, which shares out layers, for one type; with AdamW and one layer for others."""
     how = ["optimizer.name=muon"] if mha_type is AttentionType.selective else ["model.num_layers=1"]
@@ -46,7 +57,10 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
     state = initial(config)
     alone, shared = (
         eqx.filter_jit(lambda inputs, d=d: train_step(state, inputs, config, d))(inputs)
-        for d, inputs in ((None, make_inputs(TOKENS, config)), (devices, devices.replicate(make_inputs(TOKENS, config))))
+        for d, inputs in (
+            (None, make_inputs(TOKENS, config)),
+            (devices, devices.replicate(make_inputs(TOKENS, config))),
+        )
     )
     np.testing.assert_allclose(shared[1].loss, alone[1].loss, rtol=1e-5)
     np.testing.assert_allclose(shared[1].grad_norm, alone[1].grad_norm, rtol=1e-4)
@@ -59,7 +73,9 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
-    config = shared_config("optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8")
+    config = shared_config(
+        "optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8"
+    )
     devices = choose_devices(config.trainer)
     state = devices.replicate(initial(config))
     steps = eqx.filter_jit(lambda state, inputs: train_steps(state, inputs, config, 3, devices))
@@ -79,7 +95,9 @@ def test_an_evaluation_shared_by_two_equals_that_of_one():
     model, windows = initial(config).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
     for batch_size in (eval_batch_size(windows), 3):
         alone = evaluate(model, windows, batch_size, config.trainer.precision)
-        shared = evaluate(devices.replicate(model), windows, batch_size, config.trainer.precision, devices)
+        shared = evaluate(
+            devices.replicate(model), windows, batch_size, config.trainer.precision, devices
+        )
         assert shared == pytest.approx(alone, rel=1e-6)
 
 
@@ -92,5 +110,8 @@ def test_by_default_as_many_devices_as_share_the_batch_evenly():
 
 
 def test_more_devices_than_there_are_is_answered_in_one_line():
-    with pytest.raises(ConfigError, match=r"^trainer.num_devices=4: there are 2 \(cpu\); write that or fewer, or null$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^trainer.num_devices=4: there are 2 \(cpu\); write that or fewer, or null$",
+    ):
         devices_of("trainer.num_devices=4")

@@ -37,7 +37,9 @@ def start(config: Config) -> TrainState:
 
 
 def compiled(config: Config, num_steps: int):
-    return eqx.filter_jit(lambda state, tokens: train_steps(state, make_inputs(tokens, config), config, num_steps))
+    return eqx.filter_jit(
+        lambda state, tokens: train_steps(state, make_inputs(tokens, config), config, num_steps)
+    )
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -59,7 +61,9 @@ def test_same_seed_same_curve_bit_for_bit_and_another_seed_another(precision: Pr
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
-def test_every_type_learns_a_repeating_text_however_its_steps_are_cut_into_chunks(mha_type: AttentionType) -> None:
+def test_every_type_learns_a_repeating_text_however_its_steps_are_cut_into_chunks(
+    mha_type: AttentionType,
+) -> None:
     options = ["model.dropout=0.05", "optimizer.warmup_steps=4", "optimizer.learning_rate=1e-2"]
     config = small_config(f"model.mha_type={mha_type.name}", *options)
     tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
@@ -89,7 +93,9 @@ def test_gradient_accumulation_changes_memory_not_mathematics() -> None:
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     config = one_layer("optimizer.warmup_steps=0")
     good, _ = compiled(config, 2)(start(config), TOKENS)
-    broken = eqx.tree_at(lambda s: s.model.embedding, good, good.model.embedding.at[0, 0].set(jnp.inf))
+    broken = eqx.tree_at(
+        lambda s: s.model.embedding, good, good.model.embedding.at[0, 0].set(jnp.inf)
+    )
     state, metrics = compiled(config, 3)(broken, TOKENS)
     assert_equal(state.model, broken.model)
     assert_equal(state.opt_state, broken.opt_state)
@@ -114,23 +120,40 @@ def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> N
         drawn = draw_with(random_key(seed, Stream.epoch))
         assert (drawn[0] == batches[1][0]).all() == (seed == 0)
 
-    state = eqx.tree_at(lambda s: s.step, start(config), jnp.asarray(5, jnp.int32))  # as if resumed there
+    state = eqx.tree_at(
+        lambda s: s.step, start(config), jnp.asarray(5, jnp.int32)
+    )  # as if resumed there
     _, metrics = compiled(config, 1)(state, TOKENS)
     expected = eqx.filter_jit(loss_fn)(state.model, *batches[1], None, jnp.float32)
     np.testing.assert_allclose(metrics.loss[0], expected, rtol=1e-6)
 
 
-def test_what_is_compiled_serves_every_seed_and_all_that_searches_vary(mha_type: AttentionType) -> None:
+def test_what_is_compiled_serves_every_seed_and_all_that_searches_vary(
+    mha_type: AttentionType,
+) -> None:
     """The jobs of a sweep that differ in these numbers compile once: they are inputs, and nothing else knows them."""
-    one = ["seed=1", "trainer.num_steps=50", "optimizer.learning_rate=1e-2", "optimizer.weight_decay=0.2"]
+    one = [
+        "seed=1",
+        "trainer.num_steps=50",
+        "optimizer.learning_rate=1e-2",
+        "optimizer.weight_decay=0.2",
+    ]
     one += ["optimizer.warmup_steps=7", "optimizer.final_lr_fraction=0.3"]
     texts = []
     for numbers in ([], one):
-        config = small_config(f"model.mha_type={mha_type.name}", "model.num_layers=1", "dataset.sampling=epochs", *numbers)
+        config = small_config(
+            f"model.mha_type={mha_type.name}",
+            "model.num_layers=1",
+            "dataset.sampling=epochs",
+            *numbers,
+        )
         inputs = make_inputs(TOKENS, config)
         make = eqx.filter_jit(lambda seed, c=config: init_state(c, VOCABULARY, seed))
         state = eqx.filter_eval_shape(make, inputs.seed)
-        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf, state)
+        state = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf,
+            state,
+        )
         steps = eqx.filter_jit(lambda state, inputs, c=config: train_steps(state, inputs, c, 2))
         texts.append(make.lower(inputs.seed).as_text() + steps.lower(state, inputs).as_text())
     assert texts[0] == texts[1]
@@ -138,27 +161,43 @@ def test_what_is_compiled_serves_every_seed_and_all_that_searches_vary(mha_type:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
 def test_a_seed_gives_the_same_key_as_a_number_and_as_an_input(seed: int) -> None:
-    keys = [jax.random.key_data(random_key(form, Stream.step, 7)) for form in (seed, jnp.uint32(seed))]
+    keys = [
+        jax.random.key_data(random_key(form, Stream.step, 7)) for form in (seed, jnp.uint32(seed))
+    ]
     assert (keys[0] == keys[1]).all()
 
 
 def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_steps() -> None:
     """ema_n+1 = d ema_n + (1 - d) weights_n+1 with d = min(ema_decay, (1 + n) / (10 + n)), n counting steps not skipped."""
-    config = one_layer("optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1")
+    config = one_layer(
+        "optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1"
+    )
     state, step = start(config), compiled(config, 1)
     assert_equal(state.ema, state.model)
-    expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eqx.filter(state.ema, eqx.is_array))]
+    expected = [
+        np.asarray(leaf, np.float64)
+        for leaf in jax.tree.leaves(eqx.filter(state.ema, eqx.is_array))
+    ]
     for decay in (1 / 10, 2 / 11, 0.2, 0.2):
-        broken = eqx.tree_at(lambda s: s.model.embedding, state, jnp.full_like(state.model.embedding, jnp.nan))
+        broken = eqx.tree_at(
+            lambda s: s.model.embedding, state, jnp.full_like(state.model.embedding, jnp.nan)
+        )
         skipped, _ = step(broken, TOKENS)
         assert_equal(skipped.ema, state.ema)
         assert int(skipped.skipped) == int(state.skipped) + 1
         state, _ = step(eqx.tree_at(lambda s: s.model, skipped, state.model), TOKENS)
         weights = jax.tree.leaves(eqx.filter(state.model, eqx.is_array))
-        expected = [decay * old + (1 - decay) * np.asarray(new) for old, new in zip(expected, weights, strict=True)]
-        for found, wanted in zip(jax.tree.leaves(eqx.filter(state.ema, eqx.is_array)), expected, strict=True):
+        expected = [
+            decay * old + (1 - decay) * np.asarray(new)
+            for old, new in zip(expected, weights, strict=True)
+        ]
+        for found, wanted in zip(
+            jax.tree.leaves(eqx.filter(state.ema, eqx.is_array)), expected, strict=True
+        ):
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    assert state.averaged is state.ema and not np.array_equal(state.ema.embedding, state.model.embedding)
+    assert state.averaged is state.ema and not np.array_equal(
+        state.ema.embedding, state.model.embedding
+    )
     without = eqx.tree_at(lambda s: s.ema, state, None)
     assert without.averaged is without.model
     assert eqx.filter_eval_shape(init_state, small_config(), VOCABULARY, 0).ema is None
@@ -177,7 +216,9 @@ def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
         "optimizer.ema_decay=0.8",
     )
     tokens = jnp.tile(jnp.arange(VOCABULARY, dtype=jnp.int32), 30)
-    steps = eqx.filter_jit(lambda inputs, state: train_steps(state, inputs, config, 40), donate="all-except-first")
+    steps = eqx.filter_jit(
+        lambda inputs, state: train_steps(state, inputs, config, 40), donate="all-except-first"
+    )
     inputs = make_inputs(tokens, config)
     state = start(config)
     text = steps.lower(inputs, state).as_text()
@@ -186,7 +227,9 @@ def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
     assert float(metrics.loss[0]) == pytest.approx(np.log(VOCABULARY), rel=1e-6)
     assert float(metrics.loss[-1]) < 0.5 * float(metrics.loss[0])
     windows = make_windows(np.asarray(tokens[:200]), config.dataset.seq_len)
-    assert evaluate(state.averaged, windows, 4, Precision.float32)["val/loss"] < 0.5 * float(metrics.loss[0])
+    assert evaluate(state.averaged, windows, 4, Precision.float32)["val/loss"] < 0.5 * float(
+        metrics.loss[0]
+    )
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_applied() -> None:
@@ -211,7 +254,11 @@ def test_evaluation_is_the_mean_over_every_character_whatever_the_batch(batch_si
     for begin in range(0, len(split) - 1, length):  # window after window, the last one short
         inputs, targets = split[begin : begin + length], split[begin + 1 : begin + length + 1]
         logits = model(jnp.asarray(inputs[: len(targets)]))
-        losses += list(np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(targets))))
+        losses += list(
+            np.asarray(
+                optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(targets))
+            )
+        )
         correct += list(np.asarray(logits.argmax(-1)) == targets)
     assert len(losses) == len(split) - 1
     scores = evaluate(model, make_windows(split, length), batch_size, Precision.float32)
@@ -227,10 +274,18 @@ def test_the_compiled_step_has_no_scatter_and_no_conditional(mha_type: Attention
     assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
 
 
-def test_in_bfloat16_every_matrix_product_of_the_step_has_bfloat16_operands(mha_type: AttentionType) -> None:
+def test_in_bfloat16_every_matrix_product_of_the_step_has_bfloat16_operands(
+    mha_type: AttentionType,
+) -> None:
     config = one_layer(f"model.mha_type={mha_type.name}", "trainer.precision=bfloat16")
     model = start(config).model
     inputs = TOKENS[:32].reshape(2, 16)
-    gradient = eqx.filter_jit(eqx.filter_grad(lambda m: loss_fn(m, inputs, inputs, None, jnp.bfloat16)))
-    products = [line for line in gradient.lower(model).as_text().split("\n") if "stablehlo.dot_general" in line]
+    gradient = eqx.filter_jit(
+        eqx.filter_grad(lambda m: loss_fn(m, inputs, inputs, None, jnp.bfloat16))
+    )
+    products = [
+        line
+        for line in gradient.lower(model).as_text().split("\n")
+        if "stablehlo.dot_general" in line
+    ]
     assert products and all("xf32>, tensor" not in line.split(" : ")[-1] for line in products)

@@ -20,8 +20,12 @@ class FakeServer:
     """Use as a context manager. `runs`, `history` and `files` grow as a client sends them, by run id."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = {}  # run id -> the variables of UpsertBucket, later ones over earlier
-        self.streams: dict[str, dict[str, dict[int, str]]] = {}  # run id -> file name -> line number -> line
+        self.runs: dict[
+            str, dict[str, Any]
+        ] = {}  # run id -> the variables of UpsertBucket, later ones over earlier
+        self.streams: dict[
+            str, dict[str, dict[int, str]]
+        ] = {}  # run id -> file name -> line number -> line
         self.exit_codes: dict[str, int] = {}
         self.files: dict[str, bytes] = {}  # "run id/name" or "artifact/name" -> what was uploaded
         self.operations: list[str] = []  # GraphQL operations, in order of arrival
@@ -31,7 +35,9 @@ class FakeServer:
         handler = type("BoundHandler", (Handler,), {"backend": self})
         self._http = Listener(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     def __enter__(self) -> "FakeServer":
         self._thread.start()
@@ -73,7 +79,13 @@ class FakeServer:
         self.operations.append(name)
         match name:
             case "Viewer":
-                viewer = {"id": "user", "entity": ENTITY, "username": ENTITY, "email": None, "flags": "{}"}
+                viewer = {
+                    "id": "user",
+                    "entity": ENTITY,
+                    "username": ENTITY,
+                    "email": None,
+                    "flags": "{}",
+                }
                 return {"viewer": viewer | {"teams": {"edges": []}}}
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
@@ -85,7 +97,10 @@ class FakeServer:
                 return {"upsertBucket": self._upsert(variables)}
             case "CreateRunFiles":
                 run_id = variables["run"]
-                files = [{"name": n, "uploadUrl": f"{self.url}/upload/{run_id}/{n}"} for n in variables["files"]]
+                files = [
+                    {"name": n, "uploadUrl": f"{self.url}/upload/{run_id}/{n}"}
+                    for n in variables["files"]
+                ]
                 return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
             case "MarkRunFilesUploaded":
                 return {"markRunFilesUploaded": {"success": True}}
@@ -93,26 +108,50 @@ class FakeServer:
                 return {"project": {"artifact": None}}
             case "CreateArtifact":
                 artifact = {"id": variables["input"]["artifactCollectionName"], "state": "PENDING"}
-                return {"createArtifact": {"artifact": artifact | {"artifactSequence": {"latestArtifact": None}}}}
+                return {
+                    "createArtifact": {
+                        "artifact": artifact | {"artifactSequence": {"latestArtifact": None}}
+                    }
+                }
             case "CreateArtifactManifest":
-                return {"createArtifactManifest": {"artifactManifest": self._manifest(variables["artifactID"])}}
+                return {
+                    "createArtifactManifest": {
+                        "artifactManifest": self._manifest(variables["artifactID"])
+                    }
+                }
             case "UpdateArtifactManifest":
-                return {"updateArtifactManifest": {"artifactManifest": self._manifest(variables["artifactManifestID"])}}
+                return {
+                    "updateArtifactManifest": {
+                        "artifactManifest": self._manifest(variables["artifactManifestID"])
+                    }
+                }
             case "CreateArtifactFiles":
                 files = [self._artifact_file(spec) for spec in variables["input"]["artifactFiles"]]
-                return {"createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}}
+                return {
+                    "createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}
+                }
             case "CommitArtifact":
-                return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}
+                return {
+                    "commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}
+                }
             case _:
                 raise LookupError(f"{name or query}: not an operation of this stand-in")
 
     def _manifest(self, artifact: str) -> dict[str, Any]:
-        file = {"id": "file", "uploadUrl": f"{self.url}/upload/{artifact}/manifest.json", "uploadHeaders": []}
+        file = {
+            "id": "file",
+            "uploadUrl": f"{self.url}/upload/{artifact}/manifest.json",
+            "uploadHeaders": [],
+        }
         return {"id": artifact, "file": file}
 
     def _artifact_file(self, spec: dict[str, Any]) -> dict[str, Any]:
         path = f"{spec['artifactID']}/{spec['name']}"
-        upload = {"uploadUrl": f"{self.url}/upload/{path}", "uploadHeaders": [], "uploadMultipartUrls": None}
+        upload = {
+            "uploadUrl": f"{self.url}/upload/{path}",
+            "uploadHeaders": [],
+            "uploadMultipartUrls": None,
+        }
         return {"storagePath": path, "artifact": {"id": spec["artifactID"]}} | upload
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +176,12 @@ class FakeServer:
         }
 
     def _resume_status(self, run_id: str) -> dict[str, Any]:
-        model = {"id": "project", "name": "project", "entity": {"id": "entity", "name": ENTITY}, "bucket": None}
+        model = {
+            "id": "project",
+            "name": "project",
+            "entity": {"id": "entity", "name": ENTITY},
+            "bucket": None,
+        }
         if run_id in self.runs:
             history = self.history(run_id)
             model["bucket"] = self._bucket(run_id) | {
@@ -185,7 +229,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/graphql":
             sent = json.loads(body)
             try:
-                self._answer({"data": self.backend.graphql(sent["query"], sent.get("variables") or {})})
+                self._answer(
+                    {"data": self.backend.graphql(sent["query"], sent.get("variables") or {})}
+                )
             except LookupError as error:
                 self._answer({"data": None, "errors": [{"message": str(error)}]})
         else:
@@ -208,7 +254,9 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, content: dict[str, Any], status: int = 200) -> None:
         while self.backend.stalled.is_set() and not self.backend.closed.is_set():
             time.sleep(0.05)
-        if self.backend.closed.is_set():  # a kept-alive connection must not outlive the listening socket
+        if (
+            self.backend.closed.is_set()
+        ):  # a kept-alive connection must not outlive the listening socket
             self.close_connection = True
             return
         body = json.dumps(content).encode()

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from chargpt.config import Config, from_plain, to_plain
+from chargpt.errors import ConfigError, one_line, require
+from chargpt.files import write_durably
 from chargpt.train import TrainState, init_state
 
 FORMAT = 2
@@ -36,8 +39,14 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used. Its text is one line: which file, what is wrong."""
 
     def __init__(self, text: str):
-        line = " ".join(text.split())  # a stranger's names may stand in it: one short line, nothing that moves a cursor
-        super().__init__("".join(c if c.isprintable() else "?" for c in line[:MAX_REASON]))
+        super().__init__(one_line(text)[:MAX_REASON])  # it may quote a stranger's names
+
+
+class Which(Enum):
+    """The checkpoints that a person chooses between."""
+
+    best = "best"
+    last = "last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +72,11 @@ class Header:
 def describe_leaves(tree: PyTree) -> list[list[Any]]:
     """[path, dtype, shape] of every array, in the order they are written; arrays and their shapes alike."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)  # noqa: E731
+    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     return [
-        [jax.tree_util.keystr(path).lstrip("."), str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves if is_array(leaf)
+        [jax.tree_util.keystr(path).lstrip("."), str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in leaves
+        if is_array(leaf)
     ]
 
 
@@ -91,24 +102,6 @@ def keep_as(path: Path, other: Path) -> None:
     link.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing
 
 
-def write_durably(path: Path, *contents: bytes | memoryview) -> None:
-    """Replace the file at `path` whole or not at all, even if the machine stops: write aside, fsync, rename, fsync."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_leaf(file: io.BytesIO, leaf: Any) -> None:
     if isinstance(leaf, np.ndarray | np.generic):
         np.save(file, leaf, allow_pickle=False)
@@ -129,9 +122,13 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: is no chargpt checkpoint (its first line is not a JSON header)")
+        raise CheckpointError(
+            f"{path}: is no chargpt checkpoint (its first line is not a JSON header)"
+        )
     if fields.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path}: is of another format than {FORMAT}, the one this version of chargpt reads")
+        raise CheckpointError(
+            f"{path}: is of another format than {FORMAT}, the one this version of chargpt reads"
+        )
     try:
         leaves = fields.pop("leaves")
         if not isinstance(leaves, list) or not all(isinstance(leaf, list) for leaf in leaves):
@@ -140,8 +137,9 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
             raise ValueError("record_sizes: holds a negative size")
         header = Header(**fields | {"config": from_plain(fields["config"])})
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: its header does not fit this version of chargpt ({reason})") from error
+        raise CheckpointError(
+            f"{path}: its header does not fit this version of chargpt ({error})"
+        ) from error
     return header, leaves, memoryview(content)[end + 1 :]
 
 
@@ -149,7 +147,9 @@ def load(path: Path) -> tuple[TrainState, Header]:
     """The state and header of a checkpoint; CheckpointError unless every leaf is exactly the one its header's model has."""
     header, leaves, body = read_header(path)
     try:
-        skeleton = eqx.filter_eval_shape(init_state, header.config, len(header.vocabulary), header.config.seed)
+        skeleton = eqx.filter_eval_shape(
+            init_state, header.config, len(header.vocabulary), header.config.seed
+        )
     except Exception as error:
         raise CheckpointError(f"{path}: its configuration makes no model ({error})") from error
     expected = describe_leaves(skeleton)
@@ -158,24 +158,32 @@ def load(path: Path) -> tuple[TrainState, Header]:
         odd = next((leaf for leaf in wanted if leaf not in found), None) or next(
             (leaf for leaf in found if leaf not in wanted), ("order of leaves",)
         )
-        raise CheckpointError(f"{path}: its leaves are not those of its configuration: {' '.join(odd)}")
+        raise CheckpointError(
+            f"{path}: its leaves are not those of its configuration: {' '.join(odd)}"
+        )
     size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in expected)
     if size > len(body):
-        raise CheckpointError(f"{path}: its header promises {size:,} bytes of leaves, the file has {len(body):,}")
+        raise CheckpointError(
+            f"{path}: its header promises {size:,} bytes of leaves, the file has {len(body):,}"
+        )
     file = io.BytesIO(body)
     paths, structure = jax.tree_util.tree_flatten_with_path(skeleton)
     read = []
     for leaf_path, leaf in paths:
         try:
             read.append(_read_leaf(file, leaf))
-        except Exception as error:  # numpy parses a leaf's header as Python literals: whatever that raises
+        except (
+            Exception
+        ) as error:  # numpy parses a leaf's header as Python literals: whatever that raises
             name = jax.tree_util.keystr(leaf_path).lstrip(".")
             raise CheckpointError(f"{path}: its leaf {name} cannot be read ({error})") from error
     if extra := len(file.read()):
         raise CheckpointError(f"{path}: holds {extra:,} bytes behind its last leaf")
     state = jax.tree.unflatten(structure, read)
     if int(state.step) != header.step:
-        raise CheckpointError(f"{path}: its header says step {header.step}, its leaves step {int(state.step)}")
+        raise CheckpointError(
+            f"{path}: its header says step {header.step}, its leaves step {int(state.step)}"
+        )
     return state, header
 
 
@@ -184,9 +192,33 @@ def _read_leaf(file: io.BytesIO, leaf: Any) -> Array | Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran_order, dtype = read(file)
     if (shape, dtype, fortran_order) != (leaf.shape, np.dtype(leaf.dtype), False):
         raise ValueError(f"holds a leaf {dtype} {shape} where {leaf.dtype} {leaf.shape} belongs")
     data = file.read(dtype.itemsize * math.prod(shape))
     return jnp.array(np.frombuffer(data, dtype).reshape(shape))
+
+
+def open_run(run: str | None, which: Which) -> tuple[Path, TrainState, Header]:
+    """(directory, state, header) of a checkpoint of the named run, or of the newest; ConfigError if there is none."""
+    if run is None:
+        pattern = f"**/checkpoints/{which.name}.eqx"
+        found = [path for root in ("outputs", "multirun") for path in Path(root).glob(pattern)]
+        require(
+            bool(found),
+            "run: there is none in outputs/ or multirun/; train one with main.py, or write run=DIR",
+        )
+        path = max(found, key=lambda path: path.stat().st_mtime)
+    else:
+        path = Path(run) / "checkpoints" / f"{which.name}.eqx"
+        require(Path(run).is_dir(), f"run={run}: there is no such directory")
+        require(path.is_file(), f"run={run}: has no checkpoint {path.relative_to(run)}")
+    try:
+        return path.parents[1], *load(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None

@@ -1,130 +1,91 @@
-"""From the command line to a typed call, and from an error to one clear line."""
+"""From the command line to a typed call, and from an error to one clear line and an exit code."""
 
 import dataclasses
 import glob
 import importlib
 import os
-import re
-import shlex
 import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from enum import Enum
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+import hydra
+from omegaconf import DictConfig
 
-from chargpt.config import ConfigError, did_you_mean, in_sweep, option_names
-
-Options = TypeVar("Options")
+from chargpt.compose import EXPECTED, explain, in_sweep, parse, run_directory, task_overrides
+from chargpt.config import CONFIGS, did_you_mean, spell, typed
+from chargpt.errors import ConfigError, RunFailed, fail, one_line
+from chargpt.study import sweep
 
 PATHS = "paths"  # the field that takes arguments without a name
-LONGEST_REASON = 400  # characters of somebody else's error
-BAD_INPUT = 2  # the exit code of input that a person can mend
+MAX_REASON = 400  # characters of somebody else's error
 
 
-class RunFailed(Exception):
-    """A run that cannot go on. Its text is one line: why, and what is left."""
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="default")
+def job(settings: DictConfig) -> float:
+    """Train one model, as a run of its own or as a job of a sweep; its best validation loss.
 
-
-def run_directory() -> Path:
-    """Where Hydra put the current run."""
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def task_overrides() -> list[str]:
-    """The overrides typed for this run, Hydra's own left out."""
-    return list(HydraConfig.get().overrides.task)
-
-
-def command(arguments: Sequence[str]) -> str:
-    """main.py with these overrides, as a person types it."""
-    return f"python main.py {shlex.join(arguments)}"
-
-
-def fail(error: Exception) -> int:
-    """Print what went wrong as one line; the exit code that goes with it."""
-    print(f"error: {explain(error)}", file=sys.stderr)
-    return 1 if isinstance(error, RunFailed) else BAD_INPUT
-
-
-def single_run(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function`; where it fails in a run of its own, end the program with one line.
-
-    In a sweep the error is raised instead: what is wrong with one job's configuration is so before any job has run.
+    A run of its own that fails ends the program with one line. In a sweep the error is raised
+    instead: what is wrong with a job is wrong before any job has run.
     """
     try:
-        return function(*arguments)
+        if settings.resume is None and in_sweep():
+            return sweep.run_job(typed(settings), run_directory(), *sweep.runners())
+        checked = parse(settings) if settings.resume is None else None
+        from chargpt.run import start  # JAX and all that follow: a typo was answered before them
+
+        if checked is None:
+            return start.resume(run_directory(), task_overrides())
+        return start.train(checked, run_directory())
     except (ConfigError, RunFailed) as error:
         if in_sweep():
             raise
         sys.exit(fail(error))
 
 
-def report_errors(main: Callable[[], Any], report: Callable[[], int], sweeping: Callable[[], bool]) -> int:
-    """Run a Hydra main, then what a sweep has to report, if `sweeping`; the exit code.
+def train(arguments: Sequence[str]) -> int:
+    """`python main.py KEY=VALUE …`; the exit code.
 
     Expected errors become one line, unexpected ones keep their traceback.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    sys.argv[1:] = arguments
     code: Any = 0
     try:
-        main()
+        job()
     except SystemExit as end:  # a signal that a job obeyed ends the sweep
         code = end.code
-    except (ConfigError, RunFailed, HydraException, OmegaConfBaseException) as error:
+    except RunFailed as error:
         code = fail(error)
+    except EXPECTED as error:
+        code = fail(ConfigError(explain(error)))
     except KeyboardInterrupt:  # a second Ctrl-C
         return 128 + signal.SIGINT
     except OSError as error:
         if error.filename is None:
             raise
-        code = fail(ConfigError(f"{error.filename}: cannot be written ({error.strerror}); write hydra.run.dir=DIR"))
+        reason = f"cannot be written ({error.strerror}); write hydra.run.dir=DIR"
+        code = fail(ConfigError(f"{error.filename}: {reason}"))
     except Exception as error:
-        if not sweeping():
+        if not sweep.under_way():
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]  # no job's: those are noted by the job
+        # Not a job's: jobs note their own errors.
+        reason = one_line(f"{type(error).__name__}: {error}")[:MAX_REASON]
         code = fail(RunFailed(f"the launcher of the sweep failed: {reason}"))
-    failed = report()
+    failed = sweep.report()
     return code or failed
-
-
-def explain(error: Exception) -> str:
-    """One line for an error of ours, of Hydra's or of OmegaConf's."""
-    text = str(error)
-    if isinstance(error, ConfigError | RunFailed):
-        return text
-    if resolving := re.search(r"ConfigError raised while resolving interpolation: (.*)", text):
-        return resolving.group(1)
-    if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", text):
-        extra = {"joblib": "joblib", "submitit": "slurm"}[missing.group(1)]
-        return f"launcher={extra}: is not installed; write pip install -e '.[{extra}]'"
-    cause = str(error.__cause__ or "")
-    if unknown := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", cause or text):
-        full_key = re.search(r"full_key: (\S+)", cause or text)
-        name = full_key.group(1) if full_key and "." in full_key.group(1) else unknown.group(1)
-        return f"{name}: there is no such option{did_you_mean(name, option_names())} (all are in configs/default.yaml)"
-    if wrong := re.search(r"(?:Invalid value|Value) '(.*?)'.*", cause or text, re.DOTALL):
-        full_key = re.search(r"full_key: (\S+)", cause or text)
-        reason = wrong.group(0).split("\n")[0]
-        choices = re.search(r"\[(.*)\]", reason)
-        hint = did_you_mean(wrong.group(1), choices.group(1).split(", ")) if choices else ""
-        return f"{full_key.group(1) if full_key else 'option'}: {reason[0].lower()}{reason[1:]}{hint}"
-    return " ".join(f"{text} {cause if cause not in text else ''}".split())
 
 
 # Every tool: its module, which is imported when it is wanted, its options, its function.
 TOOLS = {
-    "sample": ("tools", "SampleOptions", "sample"),
-    "evaluate": ("tools", "EvaluateOptions", "evaluate_run"),
-    "compare": ("compare", "CompareOptions", "compare"),
-    "inspect": ("inspection", "InspectOptions", "inspect"),
-    "dashboard": ("dashboard", "DashboardOptions", "dashboard"),
-    "search": ("search", "SearchOptions", "search"),
+    "sample": ("run.sample", "SampleOptions", "sample"),
+    "evaluate": ("run.evaluate", "EvaluateOptions", "evaluate_run"),
+    "compare": ("study.compare", "CompareOptions", "compare"),
+    "inspect": ("study.inspect", "InspectOptions", "inspect"),
+    "dashboard": ("study.dashboard", "DashboardOptions", "dashboard"),
+    "search": ("study.search", "SearchOptions", "search"),
     "export": ("weights", "ExportOptions", "export_weights"),
     "import": ("weights", "ImportOptions", "import_weights"),
 }
@@ -140,19 +101,26 @@ def run_tool(arguments: list[str]) -> int:
     """Run `chargpt TOOL key=value …`; the exit code."""
     if not arguments or arguments[0] in ("help", "-h", "--help"):
         print("chargpt TOOL key=value …\n")
+        print("train      A model; every option is in configs/default.yaml.")
         for name in TOOLS:
             options, _ = load_tool(name)
             print(f"{name:<10} {options.__doc__}\n           {' '.join(option_defaults(options))}")
         return 0
     name, *rest = arguments
+    if name == "train":
+        return train(rest)
     try:
         if name not in TOOLS:
-            raise ConfigError(f"{name}: there is no such tool{did_you_mean(name, TOOLS)}; `chargpt` alone lists them")
+            raise ConfigError(
+                f"{name}: there is no such tool{did_you_mean(name, TOOLS)}; `chargpt` alone lists them"
+            )
         options, function = load_tool(name)
         function(parse_options(options, rest))
     except (ConfigError, RunFailed) as error:
         return fail(error)
-    except BrokenPipeError:  # the reader of standard output has had enough, as in `chargpt sample | head`
+    except (
+        BrokenPipeError
+    ):  # the reader of standard output has had enough, as in `chargpt sample | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -170,11 +138,13 @@ def spelling(field: dataclasses.Field) -> str:
 
 def option_defaults(schema: type) -> list[str]:
     """Every option of a tool with its default, as one would type it."""
-    show = lambda value: "null" if value is None else value.name if isinstance(value, Enum) else repr(value)  # noqa: E731
-    fields = dataclasses.fields(schema)
-    return ["RUN …"] * takes_paths(schema) + [
-        f"{spelling(field)}={show(field.default)}" for field in fields if field.name != PATHS
-    ]
+    fields = [field for field in dataclasses.fields(schema) if field.name != PATHS]
+    options = [f"{spelling(field)}={shown(field.default)}" for field in fields]
+    return ["RUN …"] * takes_paths(schema) + options
+
+
+def shown(default: Any) -> str:
+    return repr(default) if isinstance(default, str) else spell(default)
 
 
 def takes_paths(schema: type) -> bool:
@@ -182,7 +152,7 @@ def takes_paths(schema: type) -> bool:
     return any(field.name == PATHS for field in dataclasses.fields(schema))
 
 
-def parse_options(schema: type[Options], arguments: list[str]) -> Options:
+def parse_options(schema: type, arguments: list[str]) -> Any:
     """Arguments as an instance of `schema`: `key=value` by the field's type alone, and paths where it takes any."""
     fields = {spelling(field): field for field in dataclasses.fields(schema) if field.name != PATHS}
     values: dict[str, Any] = {}
@@ -197,7 +167,9 @@ def parse_options(schema: type[Options], arguments: list[str]) -> Options:
             paths.append(argument)  # a run's name may hold an equals sign
             continue
         if name not in fields:
-            raise ConfigError(f"{name}: there is no such option{did_you_mean(name, fields)} (write {' '.join(fields)})")
+            raise ConfigError(
+                f"{name}: there is no such option{did_you_mean(name, fields)} (write {' '.join(fields)})"
+            )
         if not equals:
             raise ConfigError(f"{name}: has no value; write {name}=…")
         values[fields[name].name] = parse_value(name, text, fields[name].type)
@@ -213,9 +185,13 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
     if issubclass(kind, Enum):
         choices = list(kind.__members__)
         if text not in choices:
-            raise ConfigError(f"{name}={text}: is none of {', '.join(choices)}{did_you_mean(text, choices)}")
+            raise ConfigError(
+                f"{name}={text}: is none of {', '.join(choices)}{did_you_mean(text, choices)}"
+            )
         return kind[text]
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(f"{name}={text}: is no {'whole number' if kind is int else 'number'}") from None
+        raise ConfigError(
+            f"{name}={text}: is no {'whole number' if kind is int else 'number'}"
+        ) from None

@@ -1,28 +1,21 @@
-"""Text sources, the character tokenizer, the train/validation split, and batches drawn from it."""
+"""The character tokenizer, the train/validation split, and the batches drawn from it."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import math
-import os
-import sys
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from chargpt.config import ConfigError, DatasetConfig, DatasetName, require
+from chargpt.config import DatasetConfig
+from chargpt.errors import require
+from chargpt.texts import read_text
 
-BUNDLED = Path(__file__).parents[2] / "data" / "shakespeare.txt"
-TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MAX_BYTES = 1 << 30
+Tokens = Int[Array, " corpus"]
+Batches = tuple[Int[Array, "batch t"], Int[Array, "batch t"]]  # inputs, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +64,8 @@ class Corpus:
         unigram = np.bincount(self.train, minlength=size) + 1.0
         firsts = np.bincount(self.train[:-1], minlength=size) + float(size)
         # Pairs as numbers, only those that occur: a table of all pairs of a large alphabet would take gigabytes.
-        pairs = lambda tokens: tokens[:-1].astype(np.int64) * size + tokens[1:]  # noqa: E731
-        seen, counts = np.unique(pairs(self.train), return_counts=True)
-        wanted = pairs(self.val)
+        pairs, wanted = (t[:-1].astype(np.int64) * size + t[1:] for t in (self.train, self.val))
+        seen, counts = np.unique(pairs, return_counts=True)
         place = np.searchsorted(seen, wanted).clip(max=len(seen) - 1)
         bigram = (np.where(seen[place] == wanted, counts[place], 0) + 1) / firsts[self.val[:-1]]
         unigram = unigram / unigram.sum()
@@ -88,106 +80,31 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     """The text that `config` names; ConfigError if it is missing, not text, or too short for `seq_len`."""
     text = read_text(config)
     tokenizer = CharTokenizer.from_text(text)
-    source = f"dataset.filepath={config.filepath}" if config.filepath else f"dataset.name={config.name.name}"
-    require(len(tokenizer) > 1, f"{source}: holds fewer than two different characters; write a longer text")
-    tokens = tokenizer.encode(text)
-    cut = len(tokens) - int(len(tokens) * config.val_fraction)
-    corpus = Corpus(config.name.name, tokenizer, tokens[:cut], tokens[cut:], hashlib.sha256(text.encode()).hexdigest())
-    for split, length in (("training", len(corpus.train)), ("validation", len(corpus.val))):
+    source = f"filepath={config.filepath}" if config.filepath else f"name={config.name.name}"
+    require(
+        len(tokenizer) > 1,
+        f"dataset.{source}: holds fewer than two different characters; write a longer text",
+    )
+    tokens, sha256 = tokenizer.encode(text), hashlib.sha256(text.encode()).hexdigest()
+    train, val = np.split(tokens, [len(tokens) - int(len(tokens) * config.val_fraction)])
+    for name, split in (("training", train), ("validation", val)):
         require(
-            length > config.seq_len,
-            f"dataset.seq_len={config.seq_len}: the {split} split has only {length} characters; "
-            f"write a seq_len below that, another val_fraction, or a longer text",
+            len(split) > config.seq_len,
+            f"dataset.seq_len={config.seq_len}: the {name} split has only {len(split)} characters; "
+            "write a seq_len below that, another val_fraction, or a longer text",
         )
-    return corpus
+    return Corpus(config.name.name, tokenizer, train, val, sha256)
 
 
-def read_text(config: DatasetConfig) -> str:
-    """The text that `config` names, a byte-order mark at its beginning left out."""
-    try:
-        return read_source(config).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
-        ) from error
-
-
-def read_source(config: DatasetConfig) -> bytes:
-    match config.name:
-        case DatasetName.shakespeare:
-            require(BUNDLED.is_file(), f"the bundled text is missing: {BUNDLED}; run from a clone of the repository")
-            return BUNDLED.read_bytes()
-        case DatasetName.tinyshakespeare:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chargpt"
-            return download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, cache / "tinyshakespeare.txt")
-        case DatasetName.file:
-            assert config.filepath is not None
-            return read_file(config.filepath)
-
-
-def read_file(filepath: str) -> bytes:
-    name = f"dataset.filepath={filepath}"
-    try:
-        path = Path(filepath).expanduser()
-        require(path.exists(), f"{name}: there is no such file")
-        require(path.is_file(), f"{name}: is not a regular file")
-        size = path.stat().st_size
-        require(size > 0, f"{name}: is empty")
-        require(size <= MAX_BYTES, f"{name}: has {size:,} bytes; texts of up to {MAX_BYTES:,} fit here")
-        return path.read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder of nobody
-        raise ConfigError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-def download(url: str, sha256: str, path: Path) -> bytes:
-    """The file at `url`, fetched once into `path`; verified, and written under a temporary name first."""
-    if path.is_file():
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
-        print(f"{path}: is damaged (wrong sha256), fetching it again", file=sys.stderr)
-    data = bytearray()
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            total = f" of {response.length:,}" if response.length else ""
-            while block := response.read(1 << 16):
-                data += block
-                print(f"\rdownloading {path.name}: {len(data):,}{total} bytes", end="", file=sys.stderr)
-                require(len(data) <= MAX_BYTES, f"{url}: more than {MAX_BYTES:,} bytes; that is not the text")
-        print(file=sys.stderr)
-    except (OSError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise ConfigError(
-            f"dataset.name=tinyshakespeare: could not be downloaded ({reason}); "
-            "write dataset.name=shakespeare (bundled), or dataset.name=file dataset.filepath=PATH"
-        ) from error
-    found = hashlib.sha256(data).hexdigest()
-    require(found == sha256, f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can") from error
-    return bytes(data)
-
-
-def sample_batch(
-    tokens: Int[Array, " corpus"], key: PRNGKeyArray, batch_size: int, seq_len: int
-) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+def sample_batch(tokens: Tokens, key: PRNGKeyArray, batch_size: int, seq_len: int) -> Batches:
     """(inputs, targets): windows at random places, the targets one character further. One gather on the device."""
     starts = jax.random.randint(key, (batch_size,), 0, tokens.shape[0] - seq_len)
     return read_windows(tokens, starts, seq_len)
 
 
 def epoch_batch(
-    tokens: Int[Array, " corpus"], key: PRNGKeyArray, step: Int[Array, ""], batch_size: int, seq_len: int
-) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+    tokens: Tokens, key: PRNGKeyArray, step: Int[Array, ""], batch_size: int, seq_len: int
+) -> Batches:
     """As `sample_batch`, without replacement: batch number `step` of a text read epoch after epoch.
 
     In each epoch the text is cut into windows from another offset on, and every window comes once, in another order. The
@@ -195,7 +112,8 @@ def epoch_batch(
     """
     num_windows = max(1, tokens.shape[0] // seq_len - 1)
     num_windows -= num_windows % math.isqrt(num_windows)
-    spare = tokens.shape[0] - seq_len * num_windows  # left out of an epoch, at either end, another part each time
+    # Left out of an epoch at either end, another part each time
+    spare = tokens.shape[0] - seq_len * num_windows
     number = step * batch_size + jnp.arange(batch_size)
 
     def start(number: Int[Array, ""]) -> Int[Array, ""]:
@@ -217,13 +135,12 @@ def shuffled(index: Int[Array, ""], size: int, key: PRNGKeyArray) -> Int[Array, 
     for round_number in range(6):
         moved, other = round_number % 2, 1 - round_number % 2
         round_key = jax.random.fold_in(jax.random.fold_in(key, 1 + round_number), digits[other])
-        digits[moved] = (digits[moved] + jax.random.randint(round_key, (), 0, bases[moved])) % bases[moved]
+        shift = jax.random.randint(round_key, (), 0, bases[moved])
+        digits[moved] = (digits[moved] + shift) % bases[moved]
     return digits[1] * rows + digits[0]
 
 
-def read_windows(
-    tokens: Int[Array, " corpus"], starts: Int[Array, " batch"], seq_len: int
-) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
+def read_windows(tokens: Tokens, starts: Int[Array, " batch"], seq_len: int) -> Batches:
     windows = tokens[starts[:, None] + jnp.arange(seq_len + 1)]
     return windows[:, :-1], windows[:, 1:]
 
@@ -241,15 +158,16 @@ class Windows:
         return int(self.weights.sum(dtype=np.float64))
 
 
-def make_windows(tokens: Int[np.ndarray, " split"], seq_len: int, max_tokens: int | None = None) -> Windows:
+def make_windows(
+    tokens: Int[np.ndarray, " split"], seq_len: int, max_tokens: int | None = None
+) -> Windows:
     """Cut `tokens` into windows of `seq_len`; with `max_tokens`, keep about that many characters, evenly spaced."""
     num_targets = len(tokens) - 1
     num_windows = math.ceil(num_targets / seq_len)
-    padded = np.zeros(num_windows * seq_len + 1, np.int32)
-    padded[: len(tokens)] = tokens
-    weights = (np.arange(num_windows * seq_len) < num_targets).astype(np.float32)
-    shape = (num_windows, seq_len)
+    padding = num_windows * seq_len - num_targets
+    weights = np.pad(np.ones(num_targets, np.float32), (0, padding))
+    rows = [np.pad(part, (0, padding)) for part in (tokens[:-1], tokens[1:])]
     kept = np.arange(num_windows)
     if max_tokens is not None and max_tokens < num_targets:
         kept = np.linspace(0, num_windows - 1, max(1, max_tokens // seq_len)).round().astype(int)
-    return Windows(padded[:-1].reshape(shape)[kept], padded[1:].reshape(shape)[kept], weights.reshape(shape)[kept])
+    return Windows(*(part.reshape(num_windows, seq_len)[kept] for part in (*rows, weights)))

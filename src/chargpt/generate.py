@@ -1,8 +1,7 @@
 """Text from a model: a static KV cache, the whole loop compiled."""
 
-import dataclasses
-import functools
 from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +11,10 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from chargpt.model import GPT
 
+Scalar = Int[Array, ""]
+Samples = Int[Array, "samples t"]
+Keys = Key[Array, " samples"]
+
 
 def sample_token(
     logits: Float[Array, " vocab"],
@@ -19,7 +22,7 @@ def sample_token(
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Int[Array, ""]:
+) -> Scalar:
     """A token drawn from softmax(logits / temperature), the most likely one at temperature 0.
 
     top_k keeps the k most likely tokens; top_p keeps the fewest most likely ones whose probabilities reach p (nucleus
@@ -45,7 +48,7 @@ def generate(
     num_tokens: int,
     *,
     max_seq_len: int,
-    keys: Key[Array, " samples"],
+    keys: Keys,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -60,7 +63,7 @@ def generate(
     """
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
-    how = Sampling(temperature, top_k, top_p)
+    how = temperature, top_k, top_p
     model = _unstack(model)
     keep = max(1, max_seq_len // 2)
     context = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (keys.shape[0], len(prompt)))
@@ -85,18 +88,6 @@ def generate(
         context = jnp.concatenate([context, new], axis=1)[:, -keep:]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn; fixed when the loop is compiled."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-
-    def __call__(self, logits: Float[Array, " vocab"], key: PRNGKeyArray, index: Int[Array, ""]) -> Int[Array, ""]:
-        return sample_token(logits, jax.random.fold_in(key, index), self.temperature, self.top_k, self.top_p)
-
-
 @eqx.filter_jit
 def _unstack(model: GPT) -> GPT:
     return model.unstack()
@@ -104,35 +95,32 @@ def _unstack(model: GPT) -> GPT:
 
 @eqx.filter_jit
 def _read(
-    model: GPT,
-    context: Int[Array, "samples t"],
-    keys: Key[Array, " samples"],
-    index: Int[Array, ""],
-    max_seq_len: int,
-    how: Sampling,
+    model: GPT, context: Samples, keys: Keys, index: Scalar, max_seq_len: int, how: Any
 ) -> tuple[Int[Array, "samples 1"], PyTree]:
     """Read `context` into a fresh cache and draw token number `index` of every sample."""
 
-    def one_sample(context, key):
+    def one_sample(context: Int[Array, " t"], key: PRNGKeyArray) -> tuple[Array, PyTree]:
         logits, cache = model.decode(context, model.init_cache(max_seq_len), 0)
-        return how(logits[-1], key, index)[None], cache
+        return sample_token(logits[-1], jax.random.fold_in(key, index), *how)[None], cache
 
     return jax.vmap(one_sample)(context, keys)
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
-def _advance(kept: tuple, cache: PyTree) -> tuple[Int[Array, "samples length"], PyTree]:
-    """Draw `length` more tokens: `token`, the newest, goes in at `position`; the one that follows has number `index`."""
+def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, PyTree]:
+    """Draw `length` more tokens: `token`, the newest, goes in at `position`; the next has number `index`."""
     model, token, keys, position, index, length, how = kept
 
-    def one_sample(cache, token, key):
-        def step(carry, i):
+    def one_sample(cache: PyTree, token: Scalar, key: PRNGKeyArray) -> tuple[Array, PyTree]:
+        def step(carry: tuple[Scalar, PyTree], i: Scalar) -> tuple[tuple[Scalar, PyTree], Scalar]:
             token, cache = carry
             logits, cache = model.decode(token[None], cache, position + i)
-            token = how(logits[0], key, index + i)
+            token = sample_token(logits[0], jax.random.fold_in(key, index + i), *how)
             return (token, cache), token
 
         (_, cache), tokens = jax.lax.scan(step, (token, cache), jnp.arange(length))
         return tokens, cache
 
     return jax.vmap(one_sample)(cache, token, keys)
+
+
+_advance: Any = eqx.filter_jit(_draw, donate="all-except-first")

@@ -1,7 +1,7 @@
-"""The optimizer of a run: optax, put together."""
+"""The optimizer of a run, built from optax: clipping, schedule, AdamW or Muon."""
 
-import copy
-from collections.abc import Mapping
+import dataclasses
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -11,92 +11,101 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
-from chargpt.attention import AbstractAttention, MultiHeadLatentAttention, SelectiveAttention
-from chargpt.config import OptimizerConfig, OptimizerName, Schedule
-
-# What searches vary. A compiled step takes these numbers as its input, so that it serves whole searches.
-NUMBERS = ("learning_rate", "adam_learning_rate", "weight_decay", "warmup_steps", "decay_fraction", "final_lr_fraction")
+from chargpt.attention import AbstractAttention
+from chargpt.config import Config, OptimizerConfig, OptimizerName, Schedule
+from chargpt.model import is_linear
 
 
-def numbers_of(config: OptimizerConfig) -> dict[str, Float[Array, ""]]:
-    """Those of NUMBERS that are set, as arrays."""
-    values = {name: getattr(config, name) for name in NUMBERS}
-    return {name: jnp.float32(value) for name, value in values.items() if value is not None}
+class Hyperparameters(eqx.Module):
+    """The numbers that searches vary: inputs of a compiled step, which therefore serves whole searches."""
+
+    learning_rate: Float[Array, ""]
+    weight_decay: Float[Array, ""]
+    warmup_steps: Float[Array, ""]
+    decay_fraction: Float[Array, ""]
+    final_lr_fraction: Float[Array, ""]
+    num_steps: Float[Array, ""]
+    adam_learning_rate: Float[Array, ""] | None = None  # if it differs
 
 
-def with_numbers(config: OptimizerConfig, numbers: Mapping[str, Float[Array, ""] | float]) -> OptimizerConfig:
-    """`config` with arrays in place of its numbers; they are those of a configuration whose rules have been checked."""
-    config = copy.copy(config)
-    for name, value in numbers.items():
-        setattr(config, name, value)
-    return config
+def hyperparameters(config: Config) -> Hyperparameters:
+    """Those that `config` asks for."""
+    numbers = dataclasses.asdict(config.optimizer) | {
+        "warmup_steps": config.warmup_steps,
+        "num_steps": config.trainer.num_steps,
+    }
+    names = [field.name for field in dataclasses.fields(Hyperparameters)]
+    chosen = {name: numbers[name] for name in names if numbers[name] is not None}
+    return Hyperparameters(**{name: jnp.float32(number) for name, number in chosen.items()})
 
 
-def make_schedule(config: OptimizerConfig, num_steps: Float[Array, ""] | int) -> optax.Schedule:
+def make_schedule(kind: Schedule, numbers: Hyperparameters) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay (a linear tail), or constant.
 
     The first step already moves: warm-up runs over 1/(w+1) … w/(w+1) of the peak.
     """
-    warmup, final = config.warmup_steps, config.final_lr_fraction
+    warmup, final = numbers.warmup_steps, numbers.final_lr_fraction
 
     def learning_rate(count: Int[Array, "..."]) -> Float[Array, "..."]:
-        done, after = count - warmup, jnp.maximum(1, num_steps - warmup)  # steps since the end of warm-up, of all
-        match config.schedule:
+        # Steps since the end of warm-up, and how many there are in all
+        done, after = count - warmup, jnp.maximum(1, numbers.num_steps - warmup)
+        match kind:
             case Schedule.cosine:
-                body = final + (1 - final) * (1 + jnp.cos(jnp.pi * jnp.clip(done / after, 0, 1))) / 2
+                turn = jnp.cos(jnp.pi * jnp.clip(done / after, 0, 1))
+                body = final + (1 - final) * (1 + turn) / 2
             case Schedule.wsd:
-                decay = jnp.maximum(1, after * config.decay_fraction)
+                decay = jnp.maximum(1, after * numbers.decay_fraction)
                 body = 1 - (1 - final) * jnp.clip((done - (after - decay)) / decay, 0, 1)
             case Schedule.constant:
-                body = 1.0
-        return config.learning_rate * jnp.where(done < 0, (count + 1) / (warmup + 1), body)
+                body = jnp.float32(1.0)
+        return numbers.learning_rate * jnp.where(done < 0, (count + 1) / (warmup + 1), body)
 
     return learning_rate
 
 
-def is_linear(node: Any) -> bool:
-    return isinstance(node, eqx.nn.Linear)
-
-
 def decay_mask(params: PyTree) -> PyTree:
     """True for the weights of linear layers; embeddings and norms do not decay."""
-    return jax.tree.map(lambda node: jax.tree.map(lambda _: is_linear(node), node), params, is_leaf=is_linear)
+
+    def decays(node: Any) -> Any:
+        return jax.tree.map(lambda _: is_linear(node), node)
+
+    return jax.tree.map(decays, params, is_leaf=is_linear)
 
 
 def hidden_matrices(params: PyTree) -> PyTree:
-    """For every weight of a linear layer inside of the blocks, which axes are a matrix: the last two, each layer by itself.
+    """Which axes of every hidden weight are a matrix: the last two, each layer by itself.
 
-    None for embeddings, head and norms. Equinox's weights are [layer, out, in], yet they are handed over as [layer,
-    reduction, output]: orthogonalisation and the scale used here are the same for a matrix and its transpose, and XLA is
-    slow at transposing.
+    None for embeddings, head and norms. Equinox's weights are [layer, out, in], yet they are passed
+    as [layer, reduction, output]: orthogonalisation and the scale used here are the same for a
+    matrix and its transpose, and XLA is slow at transposing.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
-    def axes(node):
-        return jax.tree.map(lambda leaf: matrix if is_linear(node) and leaf.ndim == 3 else None, node)
+    def axes(node: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: matrix if is_linear(node) and leaf.ndim == 3 else None, node
+        )
 
     return jax.tree.map(axes, params, is_leaf=is_linear)
 
 
 def split_fused(params: PyTree) -> PyTree:
-    """`params` with every fused projection as the tuple of matrices that it is made of, for Muon to orthogonalise singly.
+    """`params` with every fused projection as the tuple of matrices that it consists of.
 
-    Selective's keys and values have columns for the query and columns for the token; MLA's down-projection makes a latent
-    and a rotary key, its up-projection keys and values.
+    Muon orthogonalises each of them by itself. The attention type says how its projections split.
     """
 
-    def split(node):
-        match node:
-            case SelectiveAttention():
-                halves = lambda weight: tuple(jnp.split(weight, 2, axis=2))  # noqa: E731
-                return eqx.tree_at(lambda a: (a.k_proj.weight, a.v_proj.weight), node, replace_fn=halves)
-            case MultiHeadLatentAttention(num_heads=heads, kv_lora_rank=rank, qk_nope_head_dim=nope):
-                down, up = node.kv_a_proj.weight, node.kv_b_proj.weight
-                per_head = up.reshape(up.shape[0], heads, -1, up.shape[2])
-                ups = tuple(part.reshape(up.shape[0], -1, up.shape[2]) for part in jnp.split(per_head, [nope], axis=2))
-                downs = tuple(jnp.split(down, [rank], axis=1))
-                return eqx.tree_at(lambda a: (a.kv_a_proj.weight, a.kv_b_proj.weight), node, (downs, ups))
-        return node
+    def split(node: Any) -> Any:
+        splits = node.fused_projections() if isinstance(node, AbstractAttention) else {}
+        if not splits:
+            return node
+
+        def weights(node: Any) -> list[Any]:
+            paths = [path.split(".") for path in splits]
+            return [functools.reduce(getattr, path, node).weight for path in paths]
+
+        parts = [jax.vmap(s)(w) for s, w in zip(splits.values(), weights(node), strict=True)]
+        return eqx.tree_at(weights, node, parts)
 
     return jax.tree.map(split, params, is_leaf=lambda node: isinstance(node, AbstractAttention))
 
@@ -104,41 +113,52 @@ def split_fused(params: PyTree) -> PyTree:
 def on_split(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer` seeing fused projections split; its state keeps them so."""
 
-    def update(updates, state, params=None):
-        join = jax.linear_transpose(split_fused, updates)  # splitting only rearranges: its transpose is its inverse
+    def init(params: PyTree) -> PyTree:
+        return optimizer.init(split_fused(params))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        # Splitting only rearranges: its transpose is its inverse.
+        join = jax.linear_transpose(split_fused, updates)
         updates, state = optimizer.update(split_fused(updates), state, split_fused(params))
         return join(updates)[0], state
 
-    return optax.GradientTransformation(lambda params: optimizer.init(split_fused(params)), update)
+    return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: Float[Array, ""] | int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, numbers: Hyperparameters
+) -> optax.GradientTransformation:
     """Gradient clipping by global norm, then AdamW (arXiv 1711.05101), or Muon, under the schedule.
 
-    Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the nearest orthogonal
-    matrix, found by Newton-Schulz iteration. Scaled to the root mean square of Adam's updates, 0.2 (arXiv 2502.16982), it
-    takes learning rates and weight decay of the same size as AdamW does. What is no hidden matrix keeps Adam,
-    with Nesterov momentum as optax has it beside Muon.
+    Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the
+    nearest orthogonal matrix, found by Newton-Schulz iteration. Scaled to the root mean square of
+    Adam's updates, 0.2 (arXiv 2502.16982), it takes learning rates and weight decay of the same
+    size as AdamW does. Everything else keeps Adam, with Nesterov momentum as optax has it beside Muon.
     """
-    clip = optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip)
-    schedule = make_schedule(config, num_steps)
+    clip = optax.identity()
+    if config.grad_clip is not None:
+        clip = optax.clip_by_global_norm(config.grad_clip)
+    schedule = make_schedule(config.schedule, numbers)
+    betas = config.beta1, config.beta2
     match config.name:
         case OptimizerName.adamw:
+            decay = numbers.weight_decay
             optimizer = optax.adamw(
-                schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+                schedule, *betas, config.eps, weight_decay=decay, mask=decay_mask
             )
         case OptimizerName.muon:
-            own = config.adam_learning_rate
-            rest = config if own is None else with_numbers(config, {"learning_rate": own})
+            own = numbers.adam_learning_rate
+            own = numbers.learning_rate if own is None else own
+            adam_numbers = dataclasses.replace(numbers, learning_rate=own)
             muon = optax.contrib.muon(
                 schedule,
                 ns_steps=config.newton_schulz_steps,
                 beta=config.momentum,
                 eps=config.eps,
-                weight_decay=config.weight_decay,
+                weight_decay=numbers.weight_decay,
                 adam_b1=config.beta1,
                 adam_b2=config.beta2,
-                adam_learning_rate=make_schedule(rest, num_steps),
+                adam_learning_rate=make_schedule(config.schedule, adam_numbers),
                 muon_weight_dimension_numbers=hidden_matrices,
                 consistent_rms=0.2,
             )

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from chargpt.config import ConfigError, TrainerConfig
+from chargpt.config import TrainerConfig
+from chargpt.errors import ConfigError
 
 Tree = TypeVar("Tree")
 
@@ -38,13 +39,18 @@ class Devices:
 
     def split_layers(self, tree: Tree) -> Tree:
         """Stacks of matrices [layer, …] with each device holding some of the layers, where these can be shared evenly."""
-        shared = eqx.filter(tree, lambda leaf: eqx.is_array(leaf) and leaf.ndim == 3 and leaf.shape[0] % len(self) == 0)
+        shared = eqx.filter(
+            tree,
+            lambda leaf: eqx.is_array(leaf) and leaf.ndim == 3 and leaf.shape[0] % len(self) == 0,
+        )
         return eqx.combine(self.split(shared), tree)
 
     @staticmethod
     def first(tree: Tree) -> Tree:
         """The first device's copy of replicated arrays, for work that one device does alone."""
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, tree)
+        return jax.tree.map(
+            lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, tree
+        )
 
     def _place(self, tree: Tree, sharding: NamedSharding) -> Tree:
         arrays, rest = eqx.partition(tree, eqx.is_array)
@@ -58,7 +64,9 @@ def offer_cpu_devices() -> None:
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores)
 
@@ -72,5 +80,7 @@ def choose_devices(trainer: TrainerConfig) -> Devices:
         number = max(count for count in range(1, len(available) + 1) if share % count == 0)
     if number > len(available):
         kind = available[0].platform
-        raise ConfigError(f"trainer.num_devices={number}: there are {len(available)} ({kind}); write that or fewer, or null")
+        raise ConfigError(
+            f"trainer.num_devices={number}: there are {len(available)} ({kind}); write that or fewer, or null"
+        )
     return Devices(Mesh(np.array(available[:number]), ("batch",)))

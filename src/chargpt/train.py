@@ -14,11 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 from chargpt.config import Config, OptimizerName, Precision, Sampling
 from chargpt.corpus import Windows, epoch_batch, sample_batch
 from chargpt.model import GPT
-from chargpt.optimizer import make_optimizer, make_schedule, numbers_of, with_numbers
+from chargpt.optimizer import Hyperparameters, hyperparameters, make_optimizer, make_schedule
 from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
 Seed = UInt32[Array, ""] | int
+Batch = Int[Array, "batch t"]
 
 EVAL_TOKENS_PER_BATCH = 16_384
 
@@ -40,18 +41,16 @@ class TrainState(eqx.Module):
 
 
 class Inputs(eqx.Module):
-    """What a compiled step is told, not made for: runs that differ in these alone share what is compiled."""
+    """What a compiled step takes as input: runs that differ only in these share the executable."""
 
     tokens: Int[Array, " corpus"]
     seed: UInt32[Array, ""]
-    num_steps: Float[Array, ""]
-    numbers: dict[str, Float[Array, ""]]  # of the optimizer
+    numbers: Hyperparameters
 
 
 def make_inputs(tokens: Int[Any, " corpus"], config: Config) -> Inputs:
     """The inputs of a run on `tokens`, the training split."""
-    seed, num_steps = jnp.uint32(config.seed), jnp.float32(config.trainer.num_steps)
-    return Inputs(jnp.asarray(tokens), seed, num_steps, numbers_of(config.optimizer))
+    return Inputs(jnp.asarray(tokens), jnp.uint32(config.seed), hyperparameters(config))
 
 
 class StepMetrics(eqx.Module):
@@ -80,10 +79,12 @@ def random_key(seed: Seed, stream: Stream, step: Int[Array, ""] | int = 0) -> PR
 def init_state(config: Config, vocab_size: int, seed: Seed) -> TrainState:
     """The state before the first step: everything in it follows from the configuration and `seed`."""
     model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(seed, Stream.init))
-    optimizer = make_optimizer(config.optimizer, config.trainer.num_steps)
+    optimizer = make_optimizer(config.optimizer, hyperparameters(config))
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
-    ema = None if config.optimizer.ema_decay is None else jax.tree.map(lambda x: x + 0 if eqx.is_array(x) else x, model)
+    ema = None
+    if config.optimizer.ema_decay is not None:
+        ema = jax.tree.map(lambda leaf: leaf + 0 if eqx.is_array(leaf) else leaf, model)
     return TrainState(model, ema, opt_state, step=zero(), skipped_in_a_row=zero(), skipped=zero())
 
 
@@ -92,22 +93,21 @@ def compute_dtype(precision: Precision) -> Any:
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
-    """`tree` with its floating-point arrays in `dtype`: parameters stay float32, only the computation is narrower."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
+    """`tree` with its floating-point arrays in `dtype`: parameters stay float32, the computation is narrower."""
+    floats, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(dtype), floats), rest)
 
 
-def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Nats per token, in float32. One-hot targets: the gradient of an integer-label gather would be a scatter."""
+def cross_entropy(
+    logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Nats per token, in float32. One-hot targets: the gradient of an integer-label gather is a scatter."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1]))
 
 
 def loss_fn(
-    model: GPT,
-    inputs: Int[Array, "batch t"],
-    targets: Int[Array, "batch t"],
-    key: PRNGKeyArray | None,
-    dtype: Any,
+    model: GPT, inputs: Batch, targets: Batch, key: PRNGKeyArray | None, dtype: Any
 ) -> Float[Array, ""]:
     """Mean cross-entropy of a batch; `key` turns dropout on."""
     model = cast(model, dtype)
@@ -119,10 +119,10 @@ def loss_fn(
 def train_step(
     state: TrainState, inputs: Inputs, config: Config, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step. Batch and dropout follow from (seed, step) alone, so an interrupted run repeats them exactly.
+    """One optimizer step. Batch and dropout follow only from (seed, step), so an interrupted run repeats them.
 
-    `devices` share the batch; the rest each of them does alike. Where loss or gradient is not finite, parameters, moments
-    and their count stay bit for bit as they were.
+    `devices` share the batch; everything else each of them computes alike. If the loss or the
+    gradient is not finite, parameters, moments and their count stay bit for bit as they were.
     """
     batch_key, dropout_key = jax.random.split(random_key(inputs.seed, Stream.step, state.step))
     batch = draw_batch(inputs, batch_key, state.step, config)
@@ -131,71 +131,72 @@ def train_step(
     grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    settings = with_numbers(config.optimizer, inputs.numbers)
-    optimizer = make_optimizer(settings, inputs.num_steps)
+    optimizer = make_optimizer(config.optimizer, inputs.numbers)
     params = eqx.filter(state.model, eqx.is_inexact_array)
     if devices is not None and config.optimizer.name is OptimizerName.muon:
-        grads = devices.split_layers(grads)  # orthogonalising is dear: each device does some layers
+        grads = devices.split_layers(grads)  # expensive: each device does some layers
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     if devices is not None:
         updates = devices.replicate(updates)
     model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
     opt_state = keep_unless(finite, opt_state, state.opt_state)
-    ema = state.ema
+    ema, count = state.ema, state.step - state.skipped  # skipped steps do not count
     if ema is not None:
-        ema = keep_unless(finite, average(ema, model, config.optimizer.ema_decay, state.step - state.skipped), ema)
+        ema = keep_unless(finite, average(ema, model, config, count), ema)
 
-    new_state = TrainState(
-        model,
-        ema,
-        opt_state,
-        step=state.step + 1,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
-    )
-    schedule = make_schedule(settings, inputs.num_steps)
-    learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)  # skipped steps do not count
-    return new_state, StepMetrics(loss, grad_norm, part_norms, learning_rate, new_state.skipped, new_state.skipped_in_a_row)
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    new_state = TrainState(model, ema, opt_state, state.step + 1, in_a_row, skipped)
+    schedule = make_schedule(config.optimizer.schedule, inputs.numbers)
+    rate = jnp.asarray(schedule(count), jnp.float32)
+    return new_state, StepMetrics(loss, grad_norm, part_norms, rate, skipped, in_a_row)
 
 
 def draw_batch(
     inputs: Inputs, key: PRNGKeyArray, step: Int[Array, ""], config: Config
-) -> tuple[Int[Array, "batch t"], Int[Array, "batch t"]]:
-    batch_size, seq_len = config.trainer.batch_size, config.dataset.seq_len
+) -> tuple[Batch, Batch]:
+    """(inputs, targets) of a step."""
+    sizes = config.trainer.batch_size, config.dataset.seq_len
     match config.dataset.sampling:
         case Sampling.random:
-            return sample_batch(inputs.tokens, key, batch_size, seq_len)
+            return sample_batch(inputs.tokens, key, *sizes)
         case Sampling.epochs:
-            return epoch_batch(inputs.tokens, random_key(inputs.seed, Stream.epoch), step, batch_size, seq_len)
+            epoch_key = random_key(inputs.seed, Stream.epoch)
+            return epoch_batch(inputs.tokens, epoch_key, step, *sizes)
 
 
-def average(ema: GPT, model: GPT, decay: float, count: Int[Array, ""]) -> GPT:
-    """The average one step on: decay * ema + (1 - decay) * model, with less decay in the first steps, which it forgets."""
-    decay = jnp.minimum(decay, (1 + count) / (10 + count))
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(new) else new, ema, model)
+def average(ema: GPT, model: GPT, config: Config, count: Int[Array, ""]) -> GPT:
+    """decay * ema + (1 - decay) * model, with less decay in the first steps, which it forgets."""
+    decay = jnp.minimum(config.optimizer.ema_decay, (1 + count) / (10 + count))
+
+    def step(old: Any, new: Any) -> Any:
+        return decay * old + (1 - decay) * new if eqx.is_inexact_array(new) else new
+
+    return jax.tree.map(step, ema, model)
 
 
 def accumulate_gradients(
     model: GPT,
-    inputs: Int[Array, "batch t"],
-    targets: Int[Array, "batch t"],
+    inputs: Batch,
+    targets: Batch,
     key: PRNGKeyArray,
     config: Config,
     devices: Devices | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Loss and gradient of the batch mean, `trainer.grad_accum_steps` equal parts after one another: less memory."""
-    parts = config.trainer.grad_accum_steps
-    dtype = compute_dtype(config.trainer.precision)
-    dropout = config.model.dropout > 0
-    value_and_grad = eqx.filter_value_and_grad(loss_fn)
+    """Loss and gradient of the batch mean, in `trainer.grad_accum_steps` equal parts one by one: less memory."""
+    parts, dtype = config.trainer.grad_accum_steps, compute_dtype(config.trainer.precision)
+
+    def gradient(inputs: Batch, targets: Batch, key: PRNGKeyArray) -> tuple[Array, PyTree]:
+        dropout_key = key if config.model.dropout > 0 else None
+        return eqx.filter_value_and_grad(loss_fn)(model, inputs, targets, dropout_key, dtype)
+
     if parts == 1:
         if devices is not None:
             inputs, targets = devices.split((inputs, targets))
-        return value_and_grad(model, inputs, targets, key if dropout else None, dtype)
+        return gradient(inputs, targets, key)
 
-    def add(total, part):
-        inputs, targets, key = part
-        return jax.tree.map(jnp.add, total, value_and_grad(model, inputs, targets, key if dropout else None, dtype)), None
+    def add(total: PyTree, part: tuple[Batch, Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, gradient(*part)), None
 
     inputs, targets = (batch.reshape(parts, -1, batch.shape[-1]) for batch in (inputs, targets))
     if devices is not None:
@@ -208,39 +209,51 @@ def accumulate_gradients(
 def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
     """Euclidean norms of the gradient's parts: embedding, attention and feed-forward of every layer, head."""
 
-    def squares(tree: PyTree, per_layer: bool = False) -> Float[Array, "..."]:
+    def norm(*tree: PyTree, per_layer: int = 0) -> Float[Array, "..."]:
         leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-        return sum(jnp.sum(jnp.square(leaf), axis=tuple(range(int(per_layer), leaf.ndim))) for leaf in leaves)
+        axes = [tuple(range(per_layer, leaf.ndim)) for leaf in leaves]
+        squares = [jnp.sum(jnp.square(x), axis=a) for x, a in zip(leaves, axes, strict=True)]
+        return jnp.sqrt(sum(squares))  # type: ignore[arg-type]
 
-    blocks = grads.blocks
-    norms = {"embedding": jnp.sqrt(squares((grads.embedding, grads.position_embedding)))}
-    parts = {
-        "attention": (blocks.attention, blocks.attention_norm),
-        "feed_forward": (blocks.feed_forward, blocks.feed_forward_norm),
-    }
-    for name, part in parts.items():
-        norms |= {f"{name}_{layer}": norm for layer, norm in enumerate(jnp.sqrt(squares(part, per_layer=True)))}
-    last = (grads.final_norm, grads.head)
-    return norms | ({"head": jnp.sqrt(squares(last))} if jax.tree.leaves(eqx.filter(last, eqx.is_inexact_array)) else {})
+    blocks = grads.stacked
+    attention = norm(blocks.attention, blocks.attention_norm, per_layer=1)
+    feed_forward = norm(blocks.feed_forward, blocks.feed_forward_norm, per_layer=1)
+    norms = {"embedding": norm(grads.embedding, grads.position_embedding)}
+    norms |= {f"attention_{layer}": part for layer, part in enumerate(attention)}
+    norms |= {f"feed_forward_{layer}": part for layer, part in enumerate(feed_forward)}
+    has_head = grads.final_norm is not None or grads.head is not None
+    return norms | ({"head": norm(grads.final_norm, grads.head)} if has_head else {})
 
 
-def attention_entropy(model: GPT, inputs: Int[Array, "windows t"]) -> Float[Array, "layers n"]:
-    """Entropy in nats of what each head reads, its mean over all positions: ln of the number of tokens it reads, if evenly."""
-    weights = jax.vmap(model.attention_weights)(inputs).astype(jnp.float32)
-    return jax.scipy.special.entr(weights).sum(axis=-1).mean(axis=(0, 3))
+def attention_entropy(
+    model: GPT, inputs: Int[Array, "windows t"]
+) -> Float[Array, "layers n"] | None:
+    """Entropy in nats of what each head reads, mean over positions: ln of how many tokens, if it reads them evenly.
+
+    None if the attention type has no weights.
+    """
+    weights = jax.vmap(model.attention_weights)(inputs)
+    if weights is None:
+        return None
+    return jax.scipy.special.entr(weights.astype(jnp.float32)).sum(axis=-1).mean(axis=(0, 3))
 
 
 def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    """`new` if the condition holds, `old` otherwise."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else n, new, old)
 
 
 def train_steps(
-    state: TrainState, inputs: Inputs, config: Config, num_steps: int, devices: Devices | None = None
+    state: TrainState,
+    inputs: Inputs,
+    config: Config,
+    num_steps: int,
+    devices: Devices | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
-    def body(arrays, _):
+    def body(arrays: PyTree, _: None) -> tuple[PyTree, StepMetrics]:
         new_state, metrics = train_step(eqx.combine(arrays, static), inputs, config, devices)
         return eqx.filter(new_state, eqx.is_array), metrics
 
@@ -250,8 +263,8 @@ def train_steps(
 
 
 def score(
-    model: GPT, inputs: Int[Array, "windows t"], targets: Int[Array, "windows t"], weights: Float[Array, "windows t"]
-) -> tuple[Float[Array, " windows"], Float[Array, " windows"]]:
+    model: GPT, inputs: Batch, targets: Batch, weights: Float[Array, "batch t"]
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """Summed nats and correct predictions of each window."""
     logits = jax.vmap(model)(inputs)
     losses = cross_entropy(logits, targets) * weights
@@ -260,8 +273,8 @@ def score(
 
 
 @eqx.filter_jit
-def _score_jit(model: GPT, inputs, targets, weights, dtype):
-    return score(cast(model, dtype), inputs, targets, weights)
+def _score_jit(model: GPT, batch: tuple[Any, Any, Any], dtype: Any) -> tuple[Array, Array]:
+    return score(cast(model, dtype), *batch)
 
 
 def eval_batch_size(windows: Windows) -> int:
@@ -271,22 +284,24 @@ def eval_batch_size(windows: Windows) -> int:
 
 
 def evaluate(
-    model: GPT, windows: Windows, batch_size: int, precision: Precision, devices: Devices | None = None
+    model: GPT,
+    windows: Windows,
+    batch_size: int,
+    precision: Precision,
+    devices: Devices | None = None,
 ) -> dict[str, float]:
-    """Loss (nats per character), bits per character and accuracy over all windows: exact, and the same every time."""
+    """Loss (nats per character), bits per character and accuracy over all windows: exact and deterministic."""
     count = len(windows.inputs)
     batch_size += 0 if devices is None else -batch_size % len(devices)
-    padding = -count % batch_size
+    padding = ((0, -count % batch_size), (0, 0))
+    split = [np.pad(rows, padding) for rows in (windows.inputs, windows.targets, windows.weights)]
     losses, correct = 0.0, 0.0
-    pad = lambda rows: np.pad(rows, ((0, padding), (0, 0)))  # noqa: E731
-    inputs, targets, weights = pad(windows.inputs), pad(windows.targets), pad(windows.weights)
-    for start in range(0, count + padding, batch_size):
-        rows = slice(start, start + batch_size)
-        batch = inputs[rows], targets[rows], weights[rows]
+    for start in range(0, len(split[0]), batch_size):
+        batch = tuple(rows[start : start + batch_size] for rows in split)
         if devices is not None:
             batch = devices.split(jax.tree.map(jnp.asarray, batch))
-        batch = _score_jit(model, *batch, compute_dtype(precision))
-        losses += float(np.asarray(batch[0], np.float64).sum())
-        correct += float(np.asarray(batch[1], np.float64).sum())
-    loss = losses / windows.num_targets
-    return {"val/loss": loss, "val/accuracy": correct / windows.num_targets, "val/bpc": loss / float(np.log(2))}
+        sums = _score_jit(model, batch, compute_dtype(precision))
+        losses += float(np.asarray(sums[0], np.float64).sum())
+        correct += float(np.asarray(sums[1], np.float64).sum())
+    loss, accuracy = losses / windows.num_targets, correct / windows.num_targets
+    return {"val/loss": loss, "val/accuracy": accuracy, "val/bpc": loss / float(np.log(2))}

@@ -1,7 +1,12 @@
-"""Six attention types behind one interface; `make_attention` is the only place that knows them all."""
+"""Attention types behind one interface; `make_attention` is the only place that knows them all."""
 
-from typing import assert_never
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, assert_never
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from chargpt.attention.base import AbstractAttention
@@ -9,47 +14,76 @@ from chargpt.attention.grouped import GroupedQueryAttention
 from chargpt.attention.latent import MultiHeadLatentAttention
 from chargpt.attention.reference import EquinoxAttention
 from chargpt.attention.selective import SelectiveAttention
-from chargpt.config import AttentionType, ModelConfig
+from chargpt.config import AttentionType, ModelConfig, require_divides, spell
+from chargpt.errors import require
 
-__all__ = [
-    "AbstractAttention",
-    "EquinoxAttention",
-    "GroupedQueryAttention",
-    "MultiHeadLatentAttention",
-    "SelectiveAttention",
-    "make_attention",
-]
+Module = TypeVar("Module", bound=eqx.Module)
+
+# Options that a type need not implement, with the value that asks nothing of it.
+OPTIONAL = {"qk_norm": False, "head_dim": None, "rope": True}
 
 
 def make_attention(config: ModelConfig, *, key: PRNGKeyArray) -> AbstractAttention:
-    """The attention layer that `config.mha_type` names."""
-    rope_theta = config.rope_theta if config.rope else None
+    """The attention layer that `config.mha_type` names; ConfigError for an option it does not accept."""
+    layer = build(config, key)
+    kind = config.mha_type.name
+    for name, neutral in OPTIONAL.items():
+        value, reason = getattr(config, name), layer.refuses.get(name)
+        require(
+            value == neutral or name in layer.accepts,
+            f"model.{name}={spell(value)}: {kind} attention does not implement it"
+            + (f" ({reason})" if reason else "")
+            + f"; write model.{name}={spell(neutral)}",
+        )
+    return layer
+
+
+def build(config: ModelConfig, key: PRNGKeyArray) -> AbstractAttention:
+    theta = config.rope_theta if config.rope else None
+    d_model, num_heads = config.d_model, config.num_heads
     match config.mha_type:
-        case AttentionType.standard | AttentionType.gqa | AttentionType.mqa:
-            return GroupedQueryAttention(
-                d_model=config.d_model,
-                num_heads=config.num_heads,
-                num_kv_heads=config.kv_heads,
-                head_dim=config.head_width,
-                rope_theta=rope_theta,
-                qk_norm=config.qk_norm,
-                key=key,
-            )
+        case AttentionType.standard:
+            return grouped(config, num_heads, theta, key)
+        case AttentionType.gqa:
+            return grouped(config, config.num_kv_heads or max(1, num_heads // 2), theta, key)
+        case AttentionType.mqa:
+            return grouped(config, 1, theta, key)
         case AttentionType.selective:
-            return SelectiveAttention(d_model=config.d_model, num_heads=config.num_heads, rope_theta=rope_theta, key=key)
+            return SelectiveAttention(d_model, num_heads, theta, key=key)
         case AttentionType.mla:
-            return MultiHeadLatentAttention(
-                d_model=config.d_model,
-                num_heads=config.num_heads,
-                q_lora_rank=config.mla.q_lora_rank,
-                kv_lora_rank=config.mla.kv_lora_rank,
-                qk_nope_head_dim=config.mla.qk_nope_head_dim,
-                qk_rope_head_dim=config.mla.qk_rope_head_dim,
-                v_head_dim=config.mla.v_head_dim,
-                rope_theta=rope_theta,
-                key=key,
-            )
+            sizes = dataclasses.asdict(config.mla)
+            return MultiHeadLatentAttention(d_model, num_heads, **sizes, rope_theta=theta, key=key)
         case AttentionType.equinox:
-            return EquinoxAttention(d_model=config.d_model, num_heads=config.num_heads, rope_theta=rope_theta, key=key)
+            return EquinoxAttention(d_model, num_heads, theta, key=key)
         case _:
             assert_never(config.mha_type)
+
+
+def grouped(
+    config: ModelConfig, num_kv_heads: int, rope_theta: float | None, key: PRNGKeyArray
+) -> GroupedQueryAttention:
+    heads, d_model, head_dim = config.num_heads, config.d_model, config.head_dim
+    if head_dim is None:
+        require_divides("model.num_heads", heads, d_model, "model.d_model")
+        head_dim = d_model // heads
+    sizes = d_model, heads, num_kv_heads, head_dim
+    return GroupedQueryAttention(*sizes, rope_theta, qk_norm=config.qk_norm, key=key)
+
+
+def surplus_weights(config: ModelConfig) -> int:
+    """How many more weights a layer of this type has than one of standard attention."""
+
+    def size(config: ModelConfig) -> int:
+        layer = abstract(make_attention, config)
+        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(layer, is_shape)))
+
+    return size(config) - size(dataclasses.replace(config, mha_type=AttentionType.standard))
+
+
+def abstract(make: Callable[..., Module], config: ModelConfig) -> Module:
+    """What `make` builds from `config`, with shapes in place of arrays: no device is touched."""
+    return eqx.filter_eval_shape(make, config, key=jax.ShapeDtypeStruct((2,), jnp.uint32))
+
+
+def is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)

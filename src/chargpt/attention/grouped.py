@@ -1,24 +1,32 @@
-"""Standard, grouped-query and multi-query attention: one class, told apart by the number of key/value heads."""
+"""Standard, grouped-query and multi-query attention: one class; they differ in the number of key/value heads."""
 
-from typing import final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, project_heads
-from chargpt.attention.rope import apply_rope
+from chargpt.attention import base
+from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention.rope import apply_rope, require_even
+from chargpt.config import require_divides
+
+Queries = Float[Array, "t n h"]
+Entries = tuple[Float[Array, "s k h"], Float[Array, "s k h"]]
 
 
 @final
 class GroupedQueryAttention(AbstractAttention):
     """softmax(q·k / sqrt(h)) v, where g = n/k adjacent query heads share one key/value head.
 
-    num_kv_heads = num_heads: multi-head attention (arXiv 1706.03762); 1: multi-query (arXiv 1911.02150); between:
-    grouped-query (arXiv 2305.13245). The cache holds 2·k·h numbers per token; keys and values are never repeated.
-    `qk_norm` normalises queries and keys per head before RoPE (arXiv 2302.05442).
+    num_kv_heads = num_heads: multi-head attention (arXiv 1706.03762); 1: multi-query (arXiv
+    1911.02150); between: grouped-query (arXiv 2305.13245). The cache holds 2·k·h numbers per token;
+    keys and values are never repeated in it. `qk_norm` normalises queries and keys per head before
+    RoPE (arXiv 2302.05442).
     """
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"qk_norm", "head_dim", "rope"})
     q_proj: eqx.nn.Linear
     k_proj: eqx.nn.Linear
     v_proj: eqx.nn.Linear
@@ -42,36 +50,40 @@ class GroupedQueryAttention(AbstractAttention):
         qk_norm: bool = False,
         key: PRNGKeyArray,
     ):
+        require_divides("model.num_kv_heads", num_kv_heads, num_heads, "model.num_heads")
+        require_even("model.head_dim", head_dim, rope_theta)
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
-        self.q_proj = eqx.nn.Linear(d_model, num_heads * head_dim, use_bias=False, key=q_key)
-        self.k_proj = eqx.nn.Linear(d_model, num_kv_heads * head_dim, use_bias=False, key=k_key)
-        self.v_proj = eqx.nn.Linear(d_model, num_kv_heads * head_dim, use_bias=False, key=v_key)
-        self.o_proj = eqx.nn.Linear(num_heads * head_dim, d_model, use_bias=False, key=o_key)
+        width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
+        self.q_proj = base.projection(d_model, width, q_key)
+        self.k_proj = base.projection(d_model, kv_width, k_key)
+        self.v_proj = base.projection(d_model, kv_width, v_key)
+        self.o_proj = base.projection(width, d_model, o_key)
         self.q_norm = eqx.nn.RMSNorm(head_dim, use_bias=False) if qk_norm else None
         self.k_norm = eqx.nn.RMSNorm(head_dim, use_bias=False) if qk_norm else None
-        self.d_model = d_model
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.rope_theta = rope_theta
+        self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
+        self.head_dim, self.rope_theta = head_dim, rope_theta
 
-    def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
-        queries = project_heads(x, self.q_proj.weight, self.num_heads)
-        keys = project_heads(x, self.k_proj.weight, self.num_kv_heads)
-        values = project_heads(x, self.v_proj.weight, self.num_kv_heads)
+    def project(self, x: Stream, positions: Positions) -> tuple[Queries, Entries]:
+        queries = base.project_heads(x, self.q_proj.weight, self.num_heads)
+        keys = base.project_heads(x, self.k_proj.weight, self.num_kv_heads)
+        values = base.project_heads(x, self.v_proj.weight, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             queries = jax.vmap(jax.vmap(self.q_norm))(queries)
             keys = jax.vmap(jax.vmap(self.k_norm))(keys)
         queries = apply_rope(queries, positions, self.rope_theta)
-        keys = apply_rope(keys, positions, self.rope_theta)
-        return queries, (keys, values)
+        return queries, (apply_rope(keys, positions, self.rope_theta), values)
 
-    def attend(
-        self,
-        queries: Float[Array, "t n h"],
-        entries: tuple[Float[Array, "s k h"], Float[Array, "s k h"]],
-        mask: Mask,
-    ) -> Float[Array, "t m"]:
-        keys, values = entries
-        out = dot_product_attention(queries, keys, values, mask, scale=self.head_dim**-0.5)
-        return merge_heads(out, self.o_proj.weight)
+    def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
+        out = base.dot_product_attention(queries, *entries, mask, scale=self.head_dim**-0.5)
+        return base.merge_heads(out, self.o_proj.weight)
+
+    def attention_weights(self, x: Stream) -> base.Weights:
+        queries, (keys, _) = self.project(x, jnp.arange(x.shape[0]))
+        return base.causal_weights(queries, keys, scale=self.head_dim**-0.5)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.num_heads * self.head_dim, self.num_heads * self.head_dim
+
+    def fused_projections(self) -> dict[str, Split]:
+        return {}

@@ -1,47 +1,78 @@
-"""Equinox's own multi-head attention behind our interface: a reference, as plain as it comes."""
+"""Equinox's own multi-head attention behind our interface: a reference, as plain as possible."""
 
-from typing import final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, recording, softmax
-from chargpt.attention.rope import apply_rope
+from chargpt.attention import base
+from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention.rope import apply_rope, require_even
+from chargpt.config import require_divides
+
+Queries = tuple[Stream, Positions]
 
 
 @final
 class EquinoxAttention(AbstractAttention):
     """`eqx.nn.MultiheadAttention` as it is, with our RoPE through its `process_heads` hook.
 
-    Its entries are the tokens themselves: every decoded token projects all keys and values again. An honest reference for
-    numbers, slow by design in decoding, and its causal mask is an array.
+    Its entries are the tokens themselves: every decoded token projects all keys and values again.
+    An honest reference for numbers, slow by design in decoding; its causal mask is an array.
     """
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"rope"})
+    refuses: ClassVar[dict[str, str]] = {
+        "qk_norm": "eqx.nn.MultiheadAttention is the reference as it is"
+    }
+    residual: ClassVar[tuple[str, ...]] = ("mha.output_proj",)
+    exported: ClassVar[dict[str, str]] = {
+        "mha.query_proj.": "q_proj.",
+        "mha.key_proj.": "k_proj.",
+        "mha.value_proj.": "v_proj.",
+        "mha.output_proj.": "o_proj.",
+    }
     mha: eqx.nn.MultiheadAttention
     d_model: int = eqx.field(static=True)
     rope_theta: float | None = eqx.field(static=True)
 
-    def __init__(self, d_model: int, num_heads: int, rope_theta: float | None, *, key: PRNGKeyArray):
+    def __init__(
+        self, d_model: int, num_heads: int, rope_theta: float | None, *, key: PRNGKeyArray
+    ):
+        require_divides("model.num_heads", num_heads, d_model, "model.d_model")
+        require_even("model.d_model / model.num_heads", d_model // num_heads, rope_theta)
         self.mha = eqx.nn.MultiheadAttention(num_heads, d_model, key=key)
-        self.d_model = d_model
-        self.rope_theta = rope_theta
+        self.d_model, self.rope_theta = d_model, rope_theta
 
-    def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
+    def project(self, x: Stream, positions: Positions) -> tuple[Queries, Stream]:
         return (x, positions), x
 
-    def attend(
-        self, queries: tuple[Float[Array, "t m"], Int[Array, " t"]], entries: Float[Array, "s m"], mask: Mask
-    ) -> Float[Array, "t m"]:
+    def attend(self, queries: Queries, entries: Float[Array, "s m"], mask: Mask) -> Stream:
         x, positions = queries
         key_positions = jnp.arange(entries.shape[0])
         if isinstance(mask, str):
             mask = key_positions[None, :] <= positions[:, None]
+        Heads = Float[Array, "_ n h"]
 
-        def rotate(q, k, v):
-            q, k = apply_rope(q, positions, self.rope_theta), apply_rope(k, key_positions, self.rope_theta)
-            if recording():  # Equinox keeps its weights to itself: the same formula again
-                softmax(jnp.einsum("tnh,snh->nts", q * q.shape[-1] ** -0.5, k), mask, q.dtype)
-            return q, k, v
+        def rotate(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
+            q = apply_rope(q, positions, self.rope_theta)
+            return q, apply_rope(k, key_positions, self.rope_theta), v
 
         return self.mha(x, entries, entries, mask=mask, process_heads=rotate)
+
+    def attention_weights(self, x: Stream) -> base.Weights:
+        """The same formula again: Equinox keeps its weights to itself."""
+        heads, positions = self.mha.num_heads, jnp.arange(x.shape[0])
+        queries = base.project_heads(x, self.mha.query_proj.weight, heads)
+        keys = base.project_heads(x, self.mha.key_proj.weight, heads)
+        queries = apply_rope(queries, positions, self.rope_theta)
+        keys = apply_rope(keys, positions, self.rope_theta)
+        return base.causal_weights(queries, keys, scale=queries.shape[-1] ** -0.5)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.d_model, self.d_model
+
+    def fused_projections(self) -> dict[str, Split]:
+        return {}

@@ -1,19 +1,25 @@
-"""Selective attention: every query makes its own keys and values. docs/selective-attention.md derives the form used here."""
+"""Selective attention: every query makes its own keys and values. docs/selective-attention.md derives this form."""
 
-from typing import final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention.base import AbstractAttention, Mask, dot_product_attention, merge_heads, project_heads
-from chargpt.attention.rope import apply_rope, rope_angles
+from chargpt.attention import base
+from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention.rope import apply_rope, require_even, rope_angles
+from chargpt.config import require_divides
+
+Queries = tuple[Float[Array, "t n h"], Float[Array, "t n h"] | None, Float[Array, "t n h"]]
+
+Entries = tuple[Float[Array, "s n h"], Float[Array, "s n h"]]
 
 
 @final
 class SelectiveAttention(AbstractAttention):
-    """Keys and values per query: k_ij = W_k [q_i ; x_j], v_ij = W_v [q_i ; x_j], with q_i = W_q x_i at full width.
+    """Keys and values per query: k_ij = W_k [q_i ; x_j], v_ij = W_v [q_i ; x_j], q_i = W_q x_i at full width.
 
     Written literally this is a [t, s, m] tensor. But with W_k = [A | B] and W_v = [C | D],
 
@@ -23,13 +29,18 @@ class SelectiveAttention(AbstractAttention):
 
         (R_i q_i)·(R_j k_ij) = (R_i q_i)·(R_j B x_j) + (R_i q_i)·(R_j A q_i)
 
-    where the second term is a relative-position bias that the query writes itself: linear in (cos, sin) of the key's
-    angles. So this is ordinary attention with heads of width 2h over keys [R_j B x_j | cos, sin], plus the skip C q_i, and
-    the cache is that of standard attention. Without RoPE the second term is the same for all j and cancels in the softmax.
+    where the second term is a relative-position bias that the query writes itself: linear in
+    (cos, sin) of the key's angles. So this is ordinary attention with heads of width 2h over keys
+    [R_j B x_j | cos, sin], plus the skip C q_i, and its cache is that of standard attention.
+    Without RoPE the second term is the same for all j and cancels in the softmax.
 
     Not the "selective attention" of arXiv 2410.02703, which masks tokens and shares only the name.
     """
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"rope"})
+    refuses: ClassVar[dict[str, str]] = {
+        "qk_norm": "its keys must stay linear in query and token, or they cannot be factorised"
+    }
     q_proj: eqx.nn.Linear
     k_proj: eqx.nn.Linear
     v_proj: eqx.nn.Linear
@@ -39,45 +50,75 @@ class SelectiveAttention(AbstractAttention):
     head_dim: int = eqx.field(static=True)
     rope_theta: float | None = eqx.field(static=True)
 
-    def __init__(self, d_model: int, num_heads: int, rope_theta: float | None, *, key: PRNGKeyArray):
+    def __init__(
+        self, d_model: int, num_heads: int, rope_theta: float | None, *, key: PRNGKeyArray
+    ):
+        require_divides("model.num_heads", num_heads, d_model, "model.d_model")
+        require_even("model.d_model / model.num_heads", d_model // num_heads, rope_theta)
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
-        self.q_proj = eqx.nn.Linear(d_model, d_model, use_bias=False, key=q_key)
-        self.k_proj = eqx.nn.Linear(2 * d_model, d_model, use_bias=False, key=k_key)
-        self.v_proj = eqx.nn.Linear(2 * d_model, d_model, use_bias=False, key=v_key)
-        self.o_proj = eqx.nn.Linear(d_model, d_model, use_bias=False, key=o_key)
-        self.d_model = d_model
-        self.num_heads = num_heads
-        self.head_dim = d_model // num_heads
+        self.q_proj = base.projection(d_model, d_model, q_key)
+        self.k_proj = base.projection(2 * d_model, d_model, k_key)
+        self.v_proj = base.projection(2 * d_model, d_model, v_key)
+        self.o_proj = base.projection(d_model, d_model, o_key)
+        self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
         self.rope_theta = rope_theta
 
-    def project(self, x: Float[Array, "t m"], positions: Int[Array, " t"]):
-        key_from_query, key_from_token = jnp.split(self.k_proj.weight, 2, axis=1)  # A, B
-        value_from_query, value_from_token = jnp.split(self.v_proj.weight, 2, axis=1)  # C, D
+    def project(self, x: Stream, positions: Positions) -> tuple[Queries, Entries]:
+        key_from_query, key_from_token = halves(self.k_proj.weight)  # A, B
+        value_from_query, value_from_token = halves(self.v_proj.weight)  # C, D
         q = jnp.einsum("tm,om->to", x, self.q_proj.weight)
-        skip = project_heads(q, value_from_query, self.num_heads)
-        values = project_heads(x, value_from_token, self.num_heads)
-        keys = apply_rope(project_heads(x, key_from_token, self.num_heads), positions, self.rope_theta)
-        queries = apply_rope(q.reshape(*q.shape[:1], self.num_heads, self.head_dim), positions, self.rope_theta)
+        skip = base.project_heads(q, value_from_query, self.num_heads)
+        values = base.project_heads(x, value_from_token, self.num_heads)
+        keys = base.project_heads(x, key_from_token, self.num_heads)
+        keys = apply_rope(keys, positions, self.rope_theta)
+        queries = q.reshape(*q.shape[:1], self.num_heads, self.head_dim)
+        queries = apply_rope(queries, positions, self.rope_theta)
         bias_queries = None
         if self.rope_theta is not None:
-            # R_j turns the pair (a1, a2) to (a1 cos - a2 sin, a2 cos + a1 sin), so (q1, q2)·R_j (a1, a2) =
-            # cos (q1 a1 + q2 a2) + sin (q2 a1 - q1 a2): what multiplies the key's cos and sin.
+            # R_j rotates the pair (a1, a2) to (a1 cos - a2 sin, a2 cos + a1 sin), so
+            # (q1, q2)·R_j (a1, a2) = cos (q1 a1 + q2 a2) + sin (q2 a1 - q1 a2):
+            # this is what multiplies the key's cos and sin.
             q1, q2 = jnp.split(queries, 2, axis=-1)
-            a1, a2 = jnp.split(project_heads(q, key_from_query, self.num_heads), 2, axis=-1)
+            a1, a2 = jnp.split(base.project_heads(q, key_from_query, self.num_heads), 2, axis=-1)
             bias_queries = jnp.concatenate([q1 * a1 + q2 * a2, q2 * a1 - q1 * a2], axis=-1)
         return (queries, bias_queries, skip), (keys, values)
 
-    def attend(
-        self,
-        queries: tuple[Float[Array, "t n h"], Float[Array, "t n h"] | None, Float[Array, "t n h"]],
-        entries: tuple[Float[Array, "s n h"], Float[Array, "s n h"]],
-        mask: Mask,
-    ) -> Float[Array, "t m"]:
+    def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
         q, bias_queries, skip = queries
-        keys, values = entries
-        shared = None
-        if bias_queries is not None:
-            angles = rope_angles(jnp.arange(keys.shape[0]), self.head_dim, self.rope_theta)
-            shared = bias_queries, jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(keys.dtype)
-        out = skip + dot_product_attention(q, keys, values, mask, scale=self.head_dim**-0.5, shared=shared)
-        return merge_heads(out, self.o_proj.weight)
+        shared = self._shared(bias_queries, entries[0])
+        out = base.dot_product_attention(
+            q, *entries, mask, scale=self.head_dim**-0.5, shared=shared
+        )
+        return base.merge_heads(skip + out, self.o_proj.weight)
+
+    def _shared(
+        self, bias_queries: Float[Array, "t n h"] | None, keys: Float[Array, "s n h"]
+    ) -> base.Shared:
+        """The part of queries and keys that makes the relative-position bias: for keys, cos and sin."""
+        if bias_queries is None or self.rope_theta is None:
+            return None
+        angles = rope_angles(jnp.arange(keys.shape[0]), self.head_dim, self.rope_theta)
+        table = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return bias_queries, table.astype(keys.dtype)
+
+    def attention_weights(self, x: Stream) -> base.Weights:
+        (q, bias_queries, _), (keys, _) = self.project(x, jnp.arange(x.shape[0]))
+        shared = self._shared(bias_queries, keys)
+        return base.causal_weights(q, keys, scale=self.head_dim**-0.5, shared=shared)
+
+    def remark(self) -> str | None:
+        cancels = "without RoPE, selective attention's per-query keys are the same for all keys and cancel"
+        return cancels if self.rope_theta is None else None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.d_model * (1 if self.rope_theta is None else 2), self.d_model
+
+    def fused_projections(self) -> dict[str, Split]:
+        return {"k_proj": halves, "v_proj": halves}
+
+
+def halves(weight: Float[Array, "m two_m"]) -> tuple[Float[Array, "m m"], Float[Array, "m m"]]:
+    """The columns that read the query, and those that read the token."""
+    query_half, token_half = jnp.split(weight, 2, axis=1)
+    return query_half, token_half

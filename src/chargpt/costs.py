@@ -1,0 +1,49 @@
+"""What a model costs: parameters, cache bytes, floating-point operations. Asks the layers, knows no type."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from chargpt.model import GPT
+
+
+def count_parameters(model: GPT) -> dict[str, int]:
+    """Numbers of parameters by part; their sum is the model's."""
+    layers, blocks = f"{model.num_layers} layers", model.stacked
+    parts = {
+        "token embedding": model.embedding,
+        "position embedding": model.position_embedding,
+        f"attention, {layers}": blocks.attention,
+        f"feed-forward, {layers}": blocks.feed_forward,
+        "norms": (blocks.attention_norm, blocks.feed_forward_norm, model.final_norm),
+        "output head": model.head,
+    }
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(part, eqx.is_inexact_array)))
+        for name, part in parts.items()
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
+    """Bytes that one token leaves in the KV cache, all layers together, at compute precision `dtype`."""
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), arrays)
+    cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, model).init_cache(1), narrow)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def flops_per_token(model: GPT, seq_len: int) -> float:
+    """Floating-point operations of a training step per token: 6 N + 6 L · (score + value width) · t.
+
+    Forward and backward. N counts the parameters that multiply (positions and an untied embedding
+    are looked up); the widths are those of all heads together, as the attention type declares them:
+    12 L · width · t where the two are equal (PaLM, arXiv 2204.02311, appendix B). The causal half
+    that a fused kernel skips is counted.
+    """
+    parts = count_parameters(model)
+    looked_up = parts.get("position embedding", 0)
+    looked_up += parts["token embedding"] if model.head else 0
+    widths = sum(model.stacked.attention.widths)
+    return 6.0 * (sum(parts.values()) - looked_up) + 6.0 * model.num_layers * widths * seq_len

@@ -1,0 +1,1 @@
+"""Many runs: compared, inspected, swept over, searched with."""

@@ -1,0 +1,174 @@
+"""Sweeps that finish: the folder follows from the command, so the same command continues them.
+
+A job that is done is skipped, one that was interrupted resumes
+from its checkpoint, one that failed is tried again, and neither stops the others. This holds for
+every Hydra launcher, because it is the job that looks.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict
+
+from chargpt.compose import command, jobs, parse, quoted, task_overrides
+from chargpt.config import Config
+from chargpt.errors import ConfigError, RunFailed, fail, require
+from chargpt.run.directory import natural, read_run, runs_under
+from chargpt.run.process import lock
+from chargpt.study import workers
+
+FAILED = "failed.txt"  # in a job's directory: why it ended, and the command that runs it by itself
+started: list[Path] = []  # the folder of the sweep that this process began
+stopped: list[int] = []  # the signal that ends it
+
+Train = Callable[[Config, Path], float]
+Resume = Callable[[Path, Sequence[str]], float]
+
+
+class SweepCallback(Callback):
+    """Checks the jobs of a sweep before it starts, and fixes its folder for all of them."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        folder = str(config.hydra.sweep.dir)
+        with open_dict(config):
+            config.hydra.sweep.dir = folder
+            config.hydra.overrides.hydra = [
+                *config.hydra.overrides.hydra,
+                f"hydra.sweep.dir={quoted(folder)}",
+            ]
+        side_by_side = workers.launches_workers(config.hydra)
+        try:
+            if side_by_side:
+                workers.check(config.hydra.launcher)
+            check_jobs(config)
+        except ConfigError as error:
+            sys.exit(fail(error))
+        started.append(Path(folder))
+        if side_by_side:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop_workers)
+
+
+def check_jobs(config: DictConfig) -> None:
+    """ConfigError if the configuration of any job breaks a rule."""
+    for number, (overrides, settings) in enumerate(jobs(config)):
+        try:
+            parse(settings)
+        except ConfigError as error:
+            raise ConfigError(f"job {number} ({overrides}): {error}") from None
+
+
+def stop_workers(number: int, _frame: object) -> None:
+    """Let the jobs of this sweep save and end; the second time, end at once."""
+    if stopped:
+        raise KeyboardInterrupt
+    stopped.append(number)
+    print("stopping: the jobs save and end; a second Ctrl-C ends at once", flush=True)
+    workers.stop_all(started[-1])
+
+
+def runners() -> tuple[Train, Resume]:
+    """How the jobs of this process's sweep are trained and resumed."""
+    os.environ.pop("WANDB_RUN_ID", None)  # one W&B run for each job
+    if (worker := workers.worker()) is not None:
+        return worker.train, worker.resume
+    from chargpt.run.start import resume, train
+
+    return train, resume
+
+
+def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> float:
+    """Skip, resume or train a job; its best validation loss, infinity if it failed."""
+    wait_for_others(run_dir)
+    (run_dir / FAILED).unlink(missing_ok=True)
+    try:
+        if not (run_dir / "config.yaml").exists():
+            return train(settings, run_dir)
+        record = read_run(run_dir)
+        require(
+            dataclasses.replace(record.config, mode=settings.mode) == settings,
+            f"{run_dir}: holds a run of another configuration; write another hydra.sweep.dir=DIR",
+        )
+        if record.finished:
+            loss = float(record.summary["best/val_loss"])
+            print(f"{run_dir}: done before, best validation loss {loss:.4f}", flush=True)
+            return loss
+        return resume(run_dir, [])
+    except SystemExit:
+        if workers.worker() is None:
+            raise
+        return math.inf  # its worker is stopped; the others save before the sweep ends
+    except Exception as error:  # whatever it was, the other jobs run
+        if isinstance(error, ConfigError | RunFailed):
+            fail(error)
+        else:
+            traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
+        (run_dir / FAILED).write_text(
+            f"{reason}\n{rerun_command(settings, run_dir)}\n", encoding="utf-8"
+        )
+        return math.inf
+
+
+def wait_for_others(run_dir: Path) -> None:
+    """Wait until no process trains in `run_dir`: it may be finishing this very job."""
+    try:
+        with lock(run_dir):
+            return
+    except ConfigError:
+        print(f"{run_dir}: another process trains in it: waiting", flush=True)
+    with lock(run_dir, wait=True):
+        pass
+
+
+def rerun_command(settings: Config, run_dir: Path) -> str:
+    """The job alone, as the sweep itself would try it again."""
+    if (run_dir / "config.yaml").exists():
+        return command([f"resume={quoted(str(run_dir))}"])
+    return command(workers.alone(settings, run_dir, task_overrides()))
+
+
+def under_way() -> bool:
+    """Whether this process began a sweep that is not reported yet."""
+    return bool(started)
+
+
+def report() -> int:
+    """Print and write what this process's sweep came to, and how to continue it; the exit code."""
+    if not under_way():
+        return 0
+    from chargpt.study import compare
+
+    folder = started.pop()
+    folders = job_folders(folder)
+    open_jobs = [run for run in folders if not (runs_under(run) and read_run(run).finished)]
+    try:
+        compare.compare(
+            compare.CompareOptions(paths=(str(folder),), title=f"Sweep: {folder.name}"), ranked=True
+        )
+    except ConfigError as error:
+        print(error)
+    for run in open_jobs:
+        why, _, rerun = (
+            (run / FAILED).read_text().partition("\n") if (run / FAILED).exists() else ("", "", "")
+        )
+        print(f"failed: {run}: {why}\n  rerun: {rerun.strip()}" if why else f"not finished: {run}")
+    if open_jobs:
+        undone = f"{len(open_jobs)} of {len(folders)} jobs are not done"
+        print(f"{undone}; the same command goes on with them:\n  {command(sys.argv[1:])}")
+    return 128 + stopped[0] if stopped else int(bool(open_jobs))
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """Every job's directory that Hydra made, in order."""
+    return sorted(
+        (path.parent for path in folder.glob("*/.hydra")), key=lambda path: natural(path.name)
+    )

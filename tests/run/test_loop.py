@@ -1,0 +1,74 @@
+"""The loop by itself, without a recorder: what it reports and when; it leaves nothing behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_config
+
+from chargpt.corpus import Corpus, load_corpus
+from chargpt.run.loop import Loop
+
+TRAINER = {
+    "num_steps": 8,
+    "log_every": 1,  # every chunk has one step: one compilation
+    "eval_every": 4,
+    "checkpoint_every": 3,
+    "eval_tokens": 64,
+    "sample_chars": 5,
+}
+CONFIG = small_config(
+    "model.num_layers=1", *(f"trainer.{name}={value}" for name, value in TRAINER.items())
+)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_corpus(CONFIG.dataset)
+
+
+def test_a_loop_needs_no_recorder_and_writes_and_shows_nothing(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop = Loop(CONFIG, corpus)
+    loop.compile()
+    losses = []
+    for report in loop.reports():
+        losses.append(report.line["train/loss"])
+        assert report.line["trainer/step"] == len(losses)
+        assert report.evaluated == (len(losses) in (4, 8))
+        assert len(report.sample) == (5 if report.evaluated else 0)
+    assert len(losses) == 8 and np.isfinite(losses).all()
+    assert loop.best_val_loss is not None and loop.best_step in (4, 8)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_report_asks_for_checkpoints_while_the_state_is_that_of_its_step(corpus: Corpus) -> None:
+    loop = Loop(CONFIG, corpus)
+    loop.compile()
+    saves = {}
+    for report in loop.reports():
+        if report.saves:
+            assert report.line["trainer/step"] == int(loop.state.step) == loop.step
+            saves[loop.step] = report.saves
+            assert report.is_best == ("best" in report.saves) == (loop.best_step == loop.step)
+    assert list(saves) == [3, 4, 6, 8]
+    assert saves[3] == saves[6] == ("last",) and saves[4] == ("last", "best")
+
+
+def test_asked_to_stop_a_loop_reports_the_step_under_way_and_asks_to_save_it(
+    corpus: Corpus,
+) -> None:
+    loop = Loop(CONFIG, corpus)
+    loop.compile()
+    seen: list[int | float] = []
+    for report in loop.reports(stop=lambda: bool(seen)):
+        seen.append(report.line["trainer/step"])
+    assert seen == [1, 2]
+    assert report.saves == ("last",) and loop.step == int(loop.state.step) == 2
+    assert list(loop.reports(stop=lambda: True)) == []

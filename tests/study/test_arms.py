@@ -1,0 +1,197 @@
+"""Runs grouped into arms that differ only in their seed; names of arms; estimates over seeds."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_runs import CORPUS, make_record, named_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chargpt.run.directory import Record
+from chargpt.study.arms import Arm, Estimate, group, name_arms
+
+GIVEN = "wandb.name=fast"
+
+
+# ---- grouping
+
+
+@pytest.mark.parametrize(
+    "setting", ["wandb.name=other", "wandb.tags=[x]", "trainer.log_every=7", "mode=online"]
+)
+def test_what_changes_neither_loss_nor_speed_sets_no_runs_apart(setting: str) -> None:
+    arms, remarks = group([make_record("seed=0"), make_record("seed=1", setting)])
+    assert [(arm.name, list(arm.runs)) for arm in arms] == [("standard", [0, 1])] and remarks == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.mha_type=mqa", "optimizer.learning_rate=1e-3", "trainer.precision=bfloat16"]
+)
+def test_other_settings_set_arms_apart(setting: str) -> None:
+    arms, remarks = group(
+        [make_record("seed=0"), make_record("seed=0", setting), make_record("seed=1", setting)]
+    )
+    assert [list(arm.runs) for arm in arms] == [[0], [0, 1]] and remarks == []
+
+
+def test_another_text_sets_arms_apart() -> None:
+    arms, _ = group([make_record(), make_record(summary={"corpus_sha256": "0" * 64})])
+    assert [arm.name for arm in arms] == [
+        f"corpus_sha256={CORPUS[:12]}",
+        f"corpus_sha256={'0' * 12}",
+    ]
+
+
+def test_runs_without_an_end_are_left_out_and_said() -> None:
+    runs = [
+        make_record("seed=0", path=Path("whole")),
+        make_record("seed=1", path=Path("stopped"), summary={"final/step": 800}),
+        make_record("seed=2", path=Path("nan"), summary={"best/val_loss": None}),
+        Record(Path("killed"), named_config("seed=3"), {}, make_record().metrics[:4], ""),
+        Record(Path("begun"), named_config("seed=4"), {}, [], ""),
+    ]
+    arms, remarks = group(runs)
+    assert [arm.runs for arm in arms] == [{0: runs[0]}]
+    assert remarks == [
+        f"left out, not finished: {name} (step {step} of 1600)"
+        for name, step in {"stopped": 800, "nan": 1600, "killed": 1066, "begun": 0}.items()
+    ]
+
+
+def test_of_a_repeated_seed_the_last_run_counts_and_the_other_is_said() -> None:
+    runs = [make_record(path=Path(name)) for name in "abc"]
+    arms, remarks = group(runs)
+    assert [arm.runs for arm in arms] == [{0: runs[2]}]
+    assert remarks == [f"left out, a repetition of the same seed: {name}" for name in "ab"]
+
+
+def test_nothing_to_group_gives_no_arms() -> None:
+    assert group([]) == ([], [])
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([[]], ["standard"]),
+        ([[], ["model.mha_type=mqa"]], ["standard", "mqa"]),
+        (
+            [[], ["model.mha_type=mqa", "model.match=params"]],
+            ["standard match=none", "mqa match=params"],
+        ),
+        ([[], ["optimizer.learning_rate=1e-3"]], ["learning_rate=0.003", "learning_rate=0.001"]),
+        (
+            [[], ["model.rope=false"], ["model.d_ff=64"]],
+            ["d_ff=null rope=true", "d_ff=null rope=false", "d_ff=64 rope=true"],
+        ),
+    ],
+)
+def test_an_arm_is_named_by_what_sets_it_apart(
+    settings: list[list[str]], expected: list[str]
+) -> None:
+    assert name_arms([make_record(*overrides) for overrides in settings]) == expected
+
+
+def test_options_whose_last_parts_are_equal_are_spelled_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chargpt.study.arms.MAX_NAME", 80)
+    other = ["optimizer.name=muon", "dataset.name=tinyshakespeare"]
+    assert name_arms([make_record(), make_record(*other)]) == [
+        "dataset.name=shakespeare optimizer.name=adamw",
+        "dataset.name=tinyshakespeare optimizer.name=muon",
+    ]
+
+
+LONG = ["model.d_model=64", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=7"]
+
+
+def test_where_that_is_long_an_arm_has_the_name_that_its_run_was_given() -> None:
+    assert name_arms([make_record(), make_record(*LONG, "wandb.name=small")]) == [
+        "standard",
+        "small",
+    ]
+
+
+def test_given_names_are_numbered_where_they_are_equal_and_cut_where_they_are_long() -> None:
+    runs = [
+        make_record(GIVEN),
+        make_record(*LONG, GIVEN),
+        make_record(*LONG, f"wandb.name={'x' * 50}"),
+    ]
+    assert name_arms(runs) == ["fast (1)", "fast (2)", "x" * 40]
+
+
+def test_a_given_name_loses_the_seed_which_all_of_the_arms_runs_would_not_share() -> None:
+    runs = [
+        make_record("wandb.name='mqa seed=0 lr=1'"),
+        make_record(*LONG, "wandb.name='mqa lr=2 seed=10'"),
+    ]
+    assert name_arms(runs) == ["mqa lr=1", "mqa lr=2"]
+
+
+def test_names_are_as_many_as_arms_even_where_long_paths_begin_alike() -> None:
+    text = "dataset.filepath=/a/long/path/to/the/texts/{}.txt"
+    runs = [make_record("dataset.name=file", text.format(name)) for name in ("one", "two")]
+    assert len(set(name_arms(runs))) == 2
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "a\nb", "a\u202eb"])
+def test_names_are_printable(name: str) -> None:
+    runs = [make_record(), make_record(*LONG, f"wandb.name={json.dumps(name)}")]
+    assert [name.isprintable() for name in name_arms(runs)] == [True, True]
+
+
+# ---- estimates
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2))
+def test_an_estimate_is_mean_and_sample_standard_deviation(values: list[float]) -> None:
+    estimate = Estimate.of(values)
+    assert estimate is not None and estimate.spread is not None
+    np.testing.assert_allclose(
+        [estimate.mean, estimate.spread], [np.mean(values), np.std(values, ddof=1)], atol=1e-9
+    )
+
+
+def test_a_single_value_has_no_spread_and_no_value_no_estimate() -> None:
+    assert Estimate.of([2.5]) == Estimate(2.5, None)
+    assert Estimate.of([None, 2.5, None]) == Estimate(2.5, None)
+    assert Estimate.of([None]) is None and Estimate.of([]) is None
+
+
+def test_missing_values_are_left_out() -> None:
+    assert Estimate.of([1.0, None, 2.0, 6.0]) == Estimate(3.0, statistics.stdev([1.0, 2.0, 6.0]))
+
+
+def make_arm(name: str, losses: dict[int, float]) -> Arm:
+    return Arm(
+        name,
+        {seed: make_record(f"seed={seed}", val_losses=[loss]) for seed, loss in losses.items()},
+    )
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    first = make_arm("first", {0: 2.0, 1: 2.5, 2: 3.0})
+    other = make_arm("other", {2: 2.85, 3: 9.0, 1: 2.45, 0: 1.9})
+    difference = other.difference(first)
+    assert difference == pytest.approx({0: -0.1, 1: -0.05, 2: -0.15})
+    paired = Estimate.of(difference.values())
+    assert paired is not None and (paired.mean, paired.spread) == pytest.approx((-0.1, 0.05))
+    assert first.estimate("best/val_loss") == Estimate(2.5, 0.5)
+    assert first.difference(other) == pytest.approx({0: 0.1, 1: 0.05, 2: 0.15})
+
+
+def test_arms_without_a_seed_in_common_have_no_difference() -> None:
+    assert make_arm("one", {0: 2.0}).difference(make_arm("other", {1: 2.0})) == {}
+
+
+def test_an_estimate_of_an_arm_skips_runs_without_the_number() -> None:
+    runs = {0: make_record(summary={"num_params": None}), 1: make_record(summary={"num_params": 5})}
+    assert Arm("arm", runs).estimate("num_params") == Estimate(5, None)
+    assert Arm("arm", runs).estimate("no such number") is None
