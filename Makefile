@@ -1,24 +1,24 @@
-# Two commands on a fresh machine: `make train` and `make test`. Both set up .venv first.
+# On a fresh machine: `make train` and `make test`. Both set up .venv first.
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# CUDA JAX where an NVIDIA GPU is present, CPU JAX otherwise
+# JAX with CUDA if there is an NVIDIA GPU
 LOCK := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.lock,requirements.lock)
 
 help:
-	@echo 'make setup               the environment in .venv, from $(LOCK)'
-	@echo 'make train [ARGS="…"]    train; ARGS are overrides: ARGS="model.mha_type=mla trainer.num_steps=50"'
+	@echo 'make setup               install into .venv what $(LOCK) pins'
+	@echo 'make train [ARGS="…"]    train; ARGS are overrides, such as ARGS="model.mha_type=mla trainer.num_steps=50"'
 	@echo 'make test                lint, types, all tests'
 	@echo 'make lint                ruff and mypy only'
-	@echo 'make bench               every table of docs/results.md that needs no other library; an hour'
+	@echo 'make bench               the tables of docs/results.md that need no other library (an hour)'
 	@echo 'make lock                resolve the lock files again (needs uv)'
-	@echo 'make clean               remove .venv and caches; runs are kept'
+	@echo 'make clean               remove .venv and caches, keep runs'
 
 setup: .venv/installed
 
 .venv/installed: $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'chargpt needs Python 3.11 or later: write make PYTHON=python3.12'; exit 2; }
+		{ echo 'chargpt needs Python 3.11 or later, for example: make PYTHON=python3.12'; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -41,7 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/growth.py
 
-lock: # the newest jax that each Python can have
+lock: # the newest jax for each version of Python
 	for extras in '' -cuda; do \
 		uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy requires-python \
 			--extra dev --extra dashboard --extra search --extra joblib --extra slurm $${extras:+--extra cuda} \

@@ -12,7 +12,7 @@
       devShells = forEach (pkgs: {
         default = pkgs.mkShell {
           packages = [ pkgs.python312 pkgs.gnumake pkgs.git pkgs.uv ];
-          # wheels from the package index look for these beside themselves
+          # shared libraries that wheels from the package index expect
           LD_LIBRARY_PATH = pkgs.lib.makeLibraryPath [ pkgs.stdenv.cc.cc.lib pkgs.zlib ];
         };
       });

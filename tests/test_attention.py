@@ -1,4 +1,4 @@
-"""Attention: every type against an independent formula of its own, and what all types promise through one interface."""
+"""Attention: every type against an independent formula, and what all types promise."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import filled, small_config
+from conftest import filled, layer_of, small_config
 
 from chargpt.attention import (
     AbstractAttention,
@@ -23,17 +23,9 @@ from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
 
 D_MODEL, NUM_HEADS, HEAD_DIM, SEQ_LEN = 16, 4, 4, 7
-THETAS = (None, 100.0)  # a small base, so that every pair turns visibly within SEQ_LEN positions
-CLASSES = {
-    AttentionType.standard: GroupedQueryAttention,
-    AttentionType.gqa: GroupedQueryAttention,
-    AttentionType.mqa: GroupedQueryAttention,
-    AttentionType.selective: SelectiveAttention,
-    AttentionType.mla: MultiHeadLatentAttention,
-    AttentionType.equinox: EquinoxAttention,
-}
+THETAS = (None, 100.0)  # a small base: every pair rotates visibly within SEQ_LEN positions
 
-# Compiled as a whole: op by op, dispatch and compilation of each shape would take most of this file's time.
+# Compiled as a whole: op by op, compiling each shape would take most of this file's time.
 forward = eqx.filter_jit(lambda attention, x: attention(x))
 project = eqx.filter_jit(lambda attention, x, positions: attention.project(x, positions))
 decode = eqx.filter_jit(lambda attention, x, cache, position: attention.decode(x, cache, position))
@@ -55,6 +47,14 @@ def make(mha_type: AttentionType, rope: bool = True, *overrides: str) -> Abstrac
     return build(make_attention, config.model)
 
 
+@pytest.fixture(params=[False, True], ids=["no_rope", "rope"])
+def rope(request: pytest.FixtureRequest, mha_type: AttentionType) -> bool:
+    """Without RoPE, where the type can do without, and with it."""
+    if not request.param and "rope" not in layer_of(mha_type).accepts:
+        pytest.skip(f"{mha_type.name} attention always has RoPE")
+    return request.param
+
+
 def tokens(seq_len: int = SEQ_LEN, seed: int = 0) -> jax.Array:
     return normal(seq_len, D_MODEL, seed=seed)
 
@@ -64,7 +64,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def rotations(positions, width: int, theta: float | None) -> np.ndarray:
-    """RoPE as what it is: one rotation matrix per position, [position, width, width], pairs (i, i + width/2)."""
+    """RoPE as what it is: a rotation matrix per position, pairs (i, i + width/2)."""
     matrices = np.tile(np.eye(width), (len(positions), 1, 1))
     if theta is not None:
         for row, position in enumerate(np.asarray(positions)):
@@ -141,7 +141,7 @@ def test_rope_keeps_the_dtype(dtype, theta):
 
 
 def test_rope_angles_do_not_lose_precision_in_bfloat16():
-    """Positions beyond 256 are not bfloat16 numbers; the angles must be computed wider than the vectors they turn."""
+    """Positions beyond 256 are no bfloat16 numbers: angles are computed wider than the vectors."""
     x = jnp.ones((2, 1, 8))
     positions = jnp.array([1001, 1002])
     narrow = apply_rope(x.astype(jnp.bfloat16), positions, 100.0)
@@ -240,12 +240,15 @@ def test_heads_need_not_add_up_to_the_models_width():
 def test_qk_norm_makes_scores_blind_to_the_scale_of_queries_and_keys():
     normed = make(AttentionType.standard, True, "model.qk_norm=true")
     bare = make(AttentionType.standard)
-    louder = lambda a: eqx.tree_at(
-        lambda a: (a.q_proj.weight, a.k_proj.weight), a, replace_fn=lambda w: 8 * w
-    )  # noqa: E731
-    np.testing.assert_allclose(
-        forward(louder(normed), tokens()), forward(normed, tokens()), atol=1e-4
-    )
+
+    def louder(layer):
+        return eqx.tree_at(
+            lambda layer: (layer.q_proj.weight, layer.k_proj.weight),
+            layer,
+            replace_fn=lambda weight: 8 * weight,
+        )
+
+    close(forward(louder(normed), tokens()), forward(normed, tokens()), atol=1e-4)
     assert np.abs(forward(louder(bare), tokens()) - forward(bare, tokens())).max() > 0.1
 
 
@@ -253,7 +256,7 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_queries_and_keys():
 
 
 def selective_literally(attention: SelectiveAttention, x: jax.Array) -> jax.Array:
-    """The definition as it is spoken: every query i makes its own key and value of every token j, [t, s, m] each."""
+    """The definition: every query makes its own key and value of every token, [t, s, m] each."""
     seq_len, width = x.shape
     heads = (seq_len, seq_len, attention.num_heads, attention.head_dim)
     q = x @ attention.q_proj.weight.T
@@ -314,11 +317,13 @@ def test_selective_learns_how_queries_make_keys_only_with_rope():
 
 def test_selective_without_its_query_halves_is_standard_attention():
     selective, standard = make(AttentionType.selective), make(AttentionType.standard)
-    halves = lambda linear: jnp.split(linear.weight, 2, axis=1)[1]  # noqa: E731
+    keys, values = (
+        jnp.split(linear.weight, 2, axis=1)[1] for linear in (selective.k_proj, selective.v_proj)
+    )
     standard = eqx.tree_at(
         lambda a: (a.q_proj, a.k_proj.weight, a.v_proj.weight, a.o_proj),
         standard,
-        (selective.q_proj, halves(selective.k_proj), halves(selective.v_proj), selective.o_proj),
+        (selective.q_proj, keys, values, selective.o_proj),
     )
     bare = eqx.tree_at(
         lambda a: (a.k_proj.weight, a.v_proj.weight),
@@ -344,14 +349,12 @@ def mla_literally(a: MultiHeadLatentAttention, x) -> np.ndarray:
     """DeepSeek-V2's equations in float64, head by head."""
     x = np.asarray(x, np.float64)
     dn, dr, dv, r = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
-    weight = lambda linear: np.asarray(linear.weight, np.float64)  # noqa: E731
+
+    def weight(layer):
+        return np.asarray(layer.weight, np.float64)
 
     def rms_norm(norm, y):
-        return (
-            y
-            / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
-            * np.asarray(norm.weight, np.float64)
-        )
+        return y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6) * weight(norm)
 
     if a.q_proj is not None:
         q = x @ weight(a.q_proj).T
@@ -427,17 +430,34 @@ def test_equinox_equals_the_formula_with_rope(theta):
     close(forward(attention, tokens()), multi_head_oracle(tokens(), *weights, NUM_HEADS, theta))
 
 
-# --- what every type promises
+# --- each type as its name says
+
+CLASSES = {
+    "standard": GroupedQueryAttention,
+    "gqa": GroupedQueryAttention,
+    "mqa": GroupedQueryAttention,
+    "selective": SelectiveAttention,
+    "mla": MultiHeadLatentAttention,
+    "equinox": EquinoxAttention,
+}
 
 
-def test_make_attention_builds_the_type_that_is_asked_for(mha_type):
+@pytest.mark.parametrize("kind", CLASSES)
+def test_make_attention_builds_the_type_that_is_asked_for(kind):
+    mha_type = AttentionType[kind]
     attention = make(mha_type)
-    assert type(attention) is CLASSES[mha_type]
-    assert attention.d_model == D_MODEL
+    assert type(attention) is CLASSES[kind]
     assert attention.rope_theta == 100.0
     assert make(mha_type, rope=False).rope_theta is None
-    kv_heads = {AttentionType.standard: 4, AttentionType.gqa: 2, AttentionType.mqa: 1}
-    assert getattr(attention, "num_kv_heads", None) == kv_heads.get(mha_type)
+    kv_heads = {"standard": 4, "gqa": 2, "mqa": 1}
+    assert getattr(attention, "num_kv_heads", None) == kv_heads.get(kind)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_options_of_each_type_are_those_that_it_implements(kind):
+    grouped = CLASSES[kind] is GroupedQueryAttention
+    expected = {"rope", "qk_norm", "head_dim"} if grouped else {"rope"}
+    assert make(AttentionType[kind]).accepts == expected
 
 
 def test_make_attention_hands_every_width_on():
@@ -470,36 +490,148 @@ def test_make_attention_hands_every_width_on():
     }
 
 
-def test_no_attention_type_overrides_what_the_base_does_once():
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_cache_holds_the_bytes_that_the_formula_says(kind, dtype):
+    numbers = {
+        "standard": 2 * NUM_HEADS * HEAD_DIM,
+        "gqa": 2 * (NUM_HEADS // 2) * HEAD_DIM,
+        "mqa": 2 * HEAD_DIM,
+        "selective": 2 * NUM_HEADS * HEAD_DIM,
+        "mla": 8 + 4,  # kv_lora_rank + qk_rope_head_dim
+        "equinox": D_MODEL,
+    }
+    cache = narrowed(make(AttentionType[kind]), dtype).init_cache(11)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert total == 11 * numbers[kind] * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_type_reads_every_earlier_token_in_every_head(kind):
+    for rope in (False, True):
+        weights = np.asarray(make(AttentionType[kind], rope).attention_weights(tokens()))
+        assert weights.shape == (NUM_HEADS, SEQ_LEN, SEQ_LEN)
+        earlier = weights[:, *np.tril_indices(SEQ_LEN)]
+        assert earlier.min() > 0 and earlier.max(axis=0).min() > READ
+
+
+def test_only_selective_attention_without_rope_has_a_remark():
+    for kind in CLASSES:
+        assert make(AttentionType[kind]).remark() is None
+        remark = make(AttentionType[kind], rope=False).remark()
+        assert (remark is not None) == (kind == "selective")
+    assert "cancel" in make(AttentionType.selective, rope=False).remark()
+
+
+READ = 1e-3  # a weight above this shows in the output
+
+ROWS, COLUMNS = np.arange(48), np.arange(32)  # of kv_b_proj and of selective's projections
+FUSED = {  # type: {projection: (rows, columns) of the matrices in it}; SMALL has the sizes
+    "standard": {},
+    "gqa": {},
+    "mqa": {},
+    "selective": {
+        "k_proj": [(ROWS[:16], COLUMNS[:16]), (ROWS[:16], COLUMNS[16:])],
+        "v_proj": [(ROWS[:16], COLUMNS[:16]), (ROWS[:16], COLUMNS[16:])],
+    },
+    "mla": {
+        # the latent, 8 wide, and the rotary key
+        "kv_a_proj": [(ROWS[:8], COLUMNS[:16]), (ROWS[8:12], COLUMNS[:16])],
+        # in every head 4 rows of keys and 8 of values
+        "kv_b_proj": [(ROWS[ROWS % 12 < 4], COLUMNS[:8]), (ROWS[ROWS % 12 >= 4], COLUMNS[:8])],
+    },
+    "equinox": {},
+}
+
+
+def indices(shape: tuple[int, ...]) -> jax.Array:
+    """A weight whose numbers say where they are."""
+    return jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_fused_projections_are_several_matrices_in_one_as_the_formulas_have_them(kind):
+    attention = make(AttentionType[kind])
+    splits = attention.fused_projections()
+    assert splits.keys() == FUSED[kind].keys()
+    for name, matrices in FUSED[kind].items():
+        weight = indices(getattr(attention, name).weight.shape)
+        expected = [weight[np.ix_(*matrix)] for matrix in matrices]
+        for part, matrix in zip(splits[name](weight), expected, strict=True):
+            np.testing.assert_array_equal(part, matrix)
+
+
+# --- what every type promises
+
+
+def test_make_attention_builds_a_layer_of_the_models_width(mha_type):
+    attention = make(mha_type)
+    assert isinstance(attention, AbstractAttention) and attention.d_model == D_MODEL
+
+
+def test_no_attention_type_overrides_what_the_base_does_once(mha_type):
+    layer_class = type(make(mha_type))
+    bases = layer_class.__mro__[: layer_class.__mro__.index(AbstractAttention)]
+    once = {"__call__", "init_cache", "decode"}
+    assert not any(once & vars(base).keys() for base in bases)
+    ours = [cls for cls in layer_class.__subclasses__() if cls.__module__.startswith("chargpt")]
+    assert not ours, f"{layer_class} is concrete, hence final"
+
+
+def test_every_concrete_class_is_the_layer_of_a_type():
+    """Equinox makes a twin of a class at its first construction: it is told by its name."""
+    named = {type(layer_of(kind)).__name__ for kind in AttentionType}
     pending, seen = [AbstractAttention], set()
     while pending:
         for subclass in pending.pop().__subclasses__():
-            seen.add(subclass)
             pending.append(subclass)
-            assert not {"__call__", "init_cache", "decode"} & vars(subclass).keys(), subclass
-            assert not subclass.__subclasses__(), f"{subclass} is concrete, hence final"
-    # equinox makes an initialisable twin of a class on its first construction; it is the class's, not a type of ours
-    assert {subclass.__name__ for subclass in seen} == {cls.__name__ for cls in CLASSES.values()}
+            if subclass.__module__.startswith("chargpt."):
+                seen.add(subclass.__name__)
+    assert named == seen
 
 
 def test_no_attention_type_has_biases(mha_type):
+    """They would decay like weights, and no file of Llama architecture has a place for them."""
     linears = jax.tree.leaves(make(mha_type), is_leaf=lambda node: isinstance(node, eqx.nn.Linear))
     linears = [node for node in linears if isinstance(node, eqx.nn.Linear)]
-    assert len(linears) >= 4 and all(linear.bias is None for linear in linears)
+    assert linears and all(linear.bias is None for linear in linears)
 
 
-@pytest.mark.parametrize("rope", [False, True], ids=["no_rope", "rope"])
-def test_outputs_depend_on_no_later_token_and_on_every_earlier_one(mha_type, rope):
-    jacobian = jax.jit(jax.jacobian(make(mha_type, rope)))(tokens())
+def test_fused_projections_split_without_loss(mha_type):
+    """Every number of the weight is in one part, once."""
+    attention = make(mha_type)
+    for path, split in attention.fused_projections().items():
+        weight = indices(functools.reduce(getattr, path.split("."), attention).weight.shape)
+        parts = split(weight)
+        assert len(parts) > 1 and all(part.ndim == 2 for part in parts)
+        numbers = np.sort(np.concatenate([np.ravel(part) for part in parts]))
+        np.testing.assert_array_equal(numbers, np.ravel(weight))
+
+
+def test_what_a_type_declares_is_what_it_has(mha_type):
+    """Paths of projections, widths of products, a remark of one line."""
+    attention = make(mha_type)
+    for path in (*attention.residual, *attention.fused_projections()):
+        assert isinstance(functools.reduce(getattr, path.split("."), attention), eqx.nn.Linear)
+    score_width, value_width = attention.widths
+    assert score_width > 0 and value_width > 0
+    assert attention.remark() is None or attention.remark().isprintable()
+
+
+def test_outputs_depend_on_no_later_token_and_on_every_one_that_is_read(mha_type, rope):
+    """What a type without weights reads is unknown, but for the token itself."""
+    attention = make(mha_type, rope)
+    jacobian = jax.jit(jax.jacobian(attention))(tokens())
     depends = np.abs(jacobian).max(axis=(1, 3))  # [i, j]: how much y_i moves with x_j
     np.testing.assert_array_equal(np.triu(depends, 1), 0)
-    assert depends[np.tril_indices(SEQ_LEN)].min() > 1e-4
+    weights = attention.attention_weights(tokens())
+    read = np.eye(SEQ_LEN) if weights is None else np.asarray(weights).max(axis=0)
+    assert depends[read > READ].min() > 1e-4
 
 
-@pytest.mark.parametrize("rope", [False, True], ids=["no_rope", "rope"])
 @pytest.mark.parametrize("prompt_len, max_seq_len", [(0, 12), (SEQ_LEN - 1, 12), (SEQ_LEN, 7)])
 def test_decode_equals_the_forward_pass(mha_type, rope, prompt_len, max_seq_len):
-    """A prompt, then token by token, in a cache that may be longer than the sequence and was not clean before."""
+    """A prompt, then token by token, in a longer cache that was not clean before."""
     attention, x, dirt = make(mha_type, rope), tokens(), 3.0
     cache = jax.tree.map(lambda leaf: leaf + dirt, attention.init_cache(max_seq_len))
     pieces = [x[:prompt_len]] * (prompt_len > 0) + [
@@ -524,22 +656,10 @@ def test_decode_takes_a_prompt_in_chunks(mha_type):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_cache_holds_the_bytes_that_the_formula_says(mha_type, dtype):
-    numbers = {
-        AttentionType.standard: 2 * NUM_HEADS * HEAD_DIM,
-        AttentionType.gqa: 2 * (NUM_HEADS // 2) * HEAD_DIM,
-        AttentionType.mqa: 2 * HEAD_DIM,
-        AttentionType.selective: 2 * NUM_HEADS * HEAD_DIM,
-        AttentionType.mla: 8 + 4,  # kv_lora_rank + qk_rope_head_dim
-        AttentionType.equinox: D_MODEL,
-    }
-    cache = narrowed(make(mha_type), dtype).init_cache(11)
-    assert all(leaf.shape[0] == 11 and leaf.dtype == dtype for leaf in jax.tree.leaves(cache))
-    assert (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        == 11 * numbers[mha_type] * jnp.dtype(dtype).itemsize
-    )
-    assert not any(leaf.any() for leaf in jax.tree.leaves(cache))
+def test_a_new_cache_is_empty_has_a_slot_per_token_and_the_dtype_of_the_weights(mha_type, dtype):
+    leaves = jax.tree.leaves(narrowed(make(mha_type), dtype).init_cache(11))
+    assert leaves and all(leaf.shape[0] == 11 and leaf.dtype == dtype for leaf in leaves)
+    assert not any(leaf.any() for leaf in leaves)
 
 
 def narrowed(attention, dtype):
@@ -548,7 +668,6 @@ def narrowed(attention, dtype):
     )
 
 
-@pytest.mark.parametrize("rope", [False, True], ids=["no_rope", "rope"])
 def test_bfloat16_stays_bfloat16_and_near_float32(mha_type, rope):
     attention, x = narrowed(make(mha_type, rope), jnp.bfloat16), tokens().astype(jnp.bfloat16)
     wide = forward(narrowed(attention, jnp.float32), x.astype(jnp.float32))
@@ -574,7 +693,7 @@ def test_a_wrong_width_is_caught_by_the_shape_checker(mha_type):
 
 
 def test_every_array_of_a_layer_is_a_weight(mha_type):
-    """Constants such as RoPE tables must not be leaves: an optimizer would decay them."""
+    """Constants such as RoPE tables must not be leaves: an optimizer would change them."""
     attention = make(mha_type)
     grads, _ = gradients(forward, attention, tokens())
     arrays = [leaf for leaf in jax.tree.leaves(attention) if eqx.is_array(leaf)]

@@ -1,4 +1,4 @@
-"""Every rule of the schema and its answer; saved configurations, of this version and of earlier ones."""
+"""Every rule of the schema and its answer; saved configurations, of this version and older ones."""
 
 import copy
 import dataclasses

@@ -11,15 +11,8 @@ from chargpt.config import AttentionType, Config
 from chargpt.corpus import make_windows
 from chargpt.errors import ConfigError
 from chargpt.parallel import Devices, choose_devices
-from chargpt.train import (
-    TrainState,
-    eval_batch_size,
-    evaluate,
-    init_state,
-    make_inputs,
-    train_step,
-    train_steps,
-)
+from chargpt.run.evaluate import eval_batch_size, evaluate
+from chargpt.train import TrainState, init_state, make_inputs, train_step, train_steps
 
 VOCAB = 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.int32)

@@ -10,12 +10,12 @@ from conftest import small_config
 
 from chargpt.config import AttentionType, Config, Precision
 from chargpt.corpus import epoch_batch, make_windows
+from chargpt.run.evaluate import evaluate
 from chargpt.train import (
     Stream,
     TrainState,
     cross_entropy,
     draw_batch,
-    evaluate,
     init_state,
     loss_fn,
     make_inputs,

@@ -20,7 +20,16 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from chargpt.run.trained import TrainedRun
 
-CHECKED = ("attention", "checkpoint", "corpus", "generate", "model", "optimizer", "train")
+CHECKED = (
+    "attention",
+    "checkpoint",
+    "corpus",
+    "generate",
+    "model",
+    "optimizer",
+    "train",
+    "run.evaluate",
+)
 
 install_import_hook([f"chargpt.{name}" for name in CHECKED], "beartype.beartype")
 
@@ -36,7 +45,7 @@ def train(*overrides: str, run_dir: str | Path | None = None) -> "TrainedRun":
 
 
 def load(run: str | Path | None = None, checkpoint: str = "best") -> "TrainedRun":
-    """A run directory, by default the newest, with the model of its `best` or its `last` checkpoint."""
+    """A run directory, by default the newest, with its model of the `best` or `last` checkpoint."""
     from chargpt.run import trained
 
     return trained.load(run, checkpoint)

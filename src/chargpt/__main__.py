@@ -1,4 +1,4 @@
-"""`chargpt TOOL key=value …`: everything but training. `chargpt` alone lists the tools and their options."""
+"""The console command: `chargpt TOOL key=value …`; without arguments it lists the tools."""
 
 import sys
 
@@ -6,7 +6,6 @@ from chargpt import cli
 
 
 def main() -> None:
-    """The console command."""
     sys.exit(cli.run_tool(sys.argv[1:]))
 
 

@@ -111,16 +111,13 @@ def run_tool(arguments: list[str]) -> int:
         return train(rest)
     try:
         if name not in TOOLS:
-            raise ConfigError(
-                f"{name}: there is no such tool{did_you_mean(name, TOOLS)}; `chargpt` alone lists them"
-            )
+            hint = did_you_mean(name, TOOLS)
+            raise ConfigError(f"{name}: there is no such tool{hint}; `chargpt` lists them")
         options, function = load_tool(name)
         function(parse_options(options, rest))
     except (ConfigError, RunFailed) as error:
         return fail(error)
-    except (
-        BrokenPipeError
-    ):  # the reader of standard output has had enough, as in `chargpt sample | head`
+    except BrokenPipeError:  # the reader has had enough, as in `chargpt sample | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -153,7 +150,7 @@ def takes_paths(schema: type) -> bool:
 
 
 def parse_options(schema: type, arguments: list[str]) -> Any:
-    """Arguments as an instance of `schema`: `key=value` by the field's type alone, and paths where it takes any."""
+    """Arguments as an instance of `schema`: `key=value` by the field's type, and any paths."""
     fields = {spelling(field): field for field in dataclasses.fields(schema) if field.name != PATHS}
     values: dict[str, Any] = {}
     paths = []
@@ -167,9 +164,8 @@ def parse_options(schema: type, arguments: list[str]) -> Any:
             paths.append(argument)  # a run's name may hold an equals sign
             continue
         if name not in fields:
-            raise ConfigError(
-                f"{name}: there is no such option{did_you_mean(name, fields)} (write {' '.join(fields)})"
-            )
+            hint = f"{did_you_mean(name, fields)} (write {' '.join(fields)})"
+            raise ConfigError(f"{name}: there is no such option{hint}")
         if not equals:
             raise ConfigError(f"{name}: has no value; write {name}=…")
         values[fields[name].name] = parse_value(name, text, fields[name].type)
@@ -177,7 +173,7 @@ def parse_options(schema: type, arguments: list[str]) -> Any:
 
 
 def parse_value(name: str, text: str, annotation: Any) -> Any:
-    """`text` as the annotated type: str, int, float, an enum, or None for null where that is allowed."""
+    """`text` as the annotated type: str, int, float, an enum, or None for null."""
     kinds = typing.get_args(annotation) or (annotation,)
     if text == "null" and type(None) in kinds:
         return None
@@ -185,13 +181,11 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
     if issubclass(kind, Enum):
         choices = list(kind.__members__)
         if text not in choices:
-            raise ConfigError(
-                f"{name}={text}: is none of {', '.join(choices)}{did_you_mean(text, choices)}"
-            )
+            hint = did_you_mean(text, choices)
+            raise ConfigError(f"{name}={text}: is none of {', '.join(choices)}{hint}")
         return kind[text]
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(
-            f"{name}={text}: is no {'whole number' if kind is int else 'number'}"
-        ) from None
+        wanted = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name}={text}: is not {wanted}") from None

@@ -1,4 +1,4 @@
-"""Hydra's side of a run: composing configurations, naming runs and folders, explaining Hydra's errors.
+"""Hydra's side of a run: composing it, naming it and its folder, explaining Hydra's errors.
 
 The only module that calls Hydra's composition. Importing it registers the schema and the resolvers
 of configs/default.yaml, also in a process that a launcher starts and that never sees main.py.
@@ -45,7 +45,7 @@ def compose(overrides: tuple[str, ...] = ()) -> Config:
 
 
 def parse(settings: DictConfig) -> Config:
-    """What Hydra composed as a Config; ConfigError if a rule of it, or of its attention type, is broken."""
+    """What Hydra composed; ConfigError if a rule of it or of its attention type is broken."""
     config = typed(settings)
     from chargpt.model import check  # JAX: after the rules that do not need it
 
@@ -54,7 +54,7 @@ def parse(settings: DictConfig) -> Config:
 
 
 def change(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with other values, by dotted name; ConfigError if one does not exist or breaks a rule."""
+    """`config` with values of dotted names; ConfigError if one is unknown or breaks a rule."""
     settings = OmegaConf.structured(copy.deepcopy(config))
     try:
         for name, value in values.items():
@@ -65,7 +65,7 @@ def change(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """{dotted name: value} of plain overrides; ConfigError for those that add, delete, or choose a file."""
+    """{dotted name: value} of overrides; ConfigError if one adds, deletes or chooses a file."""
     values = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name, line = override.key_or_group, override.input_line
@@ -130,7 +130,7 @@ def hydra_files(resume: str | None) -> str | None:
 
 
 def run_name(base: Any) -> str:
-    """What sets a run apart: `base` and the settings typed for it; in a sweep, those its jobs differ in."""
+    """What sets a run apart: `base`, and settings typed for it (of a sweep, those that differ)."""
     common = {f"model.mha_type={base}"}
     if in_sweep():  # Hydra's file about the whole sweep
         multirun = OmegaConf.load(Path(HydraConfig.get().sweep.dir) / "multirun.yaml")
@@ -140,18 +140,18 @@ def run_name(base: Any) -> str:
 
 
 def tells(setting: str) -> bool:
-    """Whether a setting belongs in a run's name: the seed, and what is neither incidental nor a file."""
+    """Whether a setting belongs in a run's name: options that are not incidental."""
     name = setting.partition("=")[0]
     return name == "seed" or (name in options() and not options()[name][1].incidental)
 
 
 def run_group(name: str) -> str:
-    """Which runs are shown together: those of one sweep, or those that differ only in their seed."""
+    """Which runs are shown together: those of a sweep, or those that differ only in the seed."""
     return Path(HydraConfig.get().sweep.dir).name if in_sweep() else re.sub(r" seed=\d+", "", name)
 
 
 def sweep_dir(overrides: Iterable[str]) -> str:
-    """Where a sweep lives. It follows from what was typed, so the same command continues the sweep."""
+    """Where a sweep lives: it follows from what was typed, so the same command continues it."""
     changes_no_job = ("mode=", "launcher=")
     typed_text = " ".join(s for s in overrides if not s.startswith(changes_no_job))
     short = re.sub(r"\b(experiment=|model\.|trainer\.|optimizer\.|dataset\.)", "", typed_text)

@@ -1,4 +1,4 @@
-"""The typed configuration of a run: every option, its type, its rules, and what the program must know about it.
+"""The typed configuration of a run: every option with its type, its rules, its neutral value.
 
 configs/default.yaml holds the values and says what each option means. The dataclasses here are the
 table of options: name, type, rules, and with `option(...)` the neutral value and how the option
@@ -125,7 +125,7 @@ incidental = functools.partial(option, incidental=True)
 
 
 def require_at_least(group: str, config: Any, minimum: int, names: Iterable[str]) -> None:
-    """Every named field that is set is >= minimum; `group` is how the command line spells its parent."""
+    """Every named field that is set is >= minimum; `group` is its parent on the command line."""
     for name in names:
         value = getattr(config, name)
         require(
@@ -136,7 +136,7 @@ def require_at_least(group: str, config: Any, minimum: int, names: Iterable[str]
 def require_between(
     group: str, config: Any, low: float, high: float, names: Iterable[str], *, closed: str = ""
 ) -> None:
-    """Every named field that is set is finite and strictly between the bounds; `closed` names those allowed."""
+    """Every named field that is set is between the bounds, which only `closed` includes."""
     brackets = "[" if "low" in closed else "(", "]" if "high" in closed else ")"
     interval = f"{brackets[0]}{low:g}, {high:g}{brackets[1]}"
     for name in names:
@@ -370,7 +370,7 @@ def to_yaml(config: Config) -> str:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The configuration that `to_plain` made, of this version or of an earlier one, every rule checked.
+    """The configuration that `to_plain` of this version or of an earlier one made, rules checked.
 
     What the file does not know has its neutral value. Anything but plain values is refused.
     """
@@ -411,7 +411,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def differences(config: Config) -> dict[str, Any]:
-    """The settings that differ from configs/default.yaml; those that follow others there are left out."""
+    """The settings that differ from configs/default.yaml, without those computed from others."""
     default: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "default.yaml"))
     usual = {name: value for name, value in flatten(default).items() if "${" not in str(value)}
     chosen = settings_of(config)
@@ -426,7 +426,7 @@ def spell(value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" for the nearest known word, or dotted name's last part; empty if none is near."""
+    """ "; did you mean …?" for the nearest known word or last part of a name, if one is near."""
     known = list(known)
     last_part = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

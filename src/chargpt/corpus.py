@@ -20,7 +20,7 @@ Batches = tuple[Int[Array, "batch t"], Int[Array, "batch t"]]  # inputs, targets
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
-    """One token per character; `vocabulary` is the sorted string of all of them, its index the token."""
+    """One token per character: its index in `vocabulary`, the sorted string of all of them."""
 
     vocabulary: str
 
@@ -46,7 +46,7 @@ class CharTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text as tokens, cut once in time order: what is validated on comes after everything that is trained on."""
+    """A text as tokens, cut once: the validation split is its end, never trained on."""
 
     name: str
     tokenizer: CharTokenizer
@@ -56,14 +56,14 @@ class Corpus:
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
-        """Validation losses (nats per character) of models that need no training, counted on the train split.
+        """Validation losses, in nats per character, of counts on the training split.
 
         uniform: ln V. unigram, bigram: add-one smoothed character and character-pair frequencies.
         """
         size = len(self.tokenizer)
         unigram = np.bincount(self.train, minlength=size) + 1.0
         firsts = np.bincount(self.train[:-1], minlength=size) + float(size)
-        # Pairs as numbers, only those that occur: a table of all pairs of a large alphabet would take gigabytes.
+        # Only pairs that occur: a table of all pairs of a large alphabet would take gigabytes.
         pairs, wanted = (t[:-1].astype(np.int64) * size + t[1:] for t in (self.train, self.val))
         seen, counts = np.unique(pairs, return_counts=True)
         place = np.searchsorted(seen, wanted).clip(max=len(seen) - 1)
@@ -77,7 +77,7 @@ class Corpus:
 
 
 def load_corpus(config: DatasetConfig) -> Corpus:
-    """The text that `config` names; ConfigError if it is missing, not text, or too short for `seq_len`."""
+    """The text that `config` names; ConfigError if there is none, or it is too short."""
     text = read_text(config)
     tokenizer = CharTokenizer.from_text(text)
     source = f"filepath={config.filepath}" if config.filepath else f"name={config.name.name}"
@@ -97,7 +97,7 @@ def load_corpus(config: DatasetConfig) -> Corpus:
 
 
 def sample_batch(tokens: Tokens, key: PRNGKeyArray, batch_size: int, seq_len: int) -> Batches:
-    """(inputs, targets): windows at random places, the targets one character further. One gather on the device."""
+    """Windows at random places, the targets one character further: one gather on the device."""
     starts = jax.random.randint(key, (batch_size,), 0, tokens.shape[0] - seq_len)
     return read_windows(tokens, starts, seq_len)
 
@@ -107,8 +107,8 @@ def epoch_batch(
 ) -> Batches:
     """As `sample_batch`, without replacement: batch number `step` of a text read epoch after epoch.
 
-    In each epoch the text is cut into windows from another offset on, and every window comes once, in another order. The
-    order is a function of (key, epoch), evaluated where it is asked for: a run that goes on needs no list and no cursor.
+    Each epoch cuts the text into windows from another offset and takes every window once, in
+    another order. The order is a function of (key, epoch): a resumed run needs no list, no cursor.
     """
     num_windows = max(1, tokens.shape[0] // seq_len - 1)
     num_windows -= num_windows % math.isqrt(num_windows)
@@ -125,10 +125,10 @@ def epoch_batch(
 
 
 def shuffled(index: Int[Array, ""], size: int, key: PRNGKeyArray) -> Int[Array, ""]:
-    """Where a random permutation of `size` things puts thing `index`, without the list of all: a Feistel network.
+    """Where a random permutation of `size` things puts thing `index`: a Feistel network, no list.
 
-    `size` must be isqrt(size) times a whole number: two digits, each in turn moved by a random function of the other
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    `size` must be a multiple of isqrt(size): two digits, each in turn shifted by a random function
+    of the other (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     rows = math.isqrt(size)
     digits, bases = [index % rows, index // rows], [rows, size // rows]
@@ -147,7 +147,7 @@ def read_windows(tokens: Tokens, starts: Int[Array, " batch"], seq_len: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """A whole split as non-overlapping windows: every character but the first is predicted exactly once."""
+    """A split as windows that do not overlap: every character but the first is predicted once."""
 
     inputs: Int[np.ndarray, "windows t"]
     targets: Int[np.ndarray, "windows t"]
@@ -161,7 +161,7 @@ class Windows:
 def make_windows(
     tokens: Int[np.ndarray, " split"], seq_len: int, max_tokens: int | None = None
 ) -> Windows:
-    """Cut `tokens` into windows of `seq_len`; with `max_tokens`, keep about that many characters, evenly spaced."""
+    """Windows of `seq_len`; with `max_tokens`, about that many characters, evenly spaced."""
     num_targets = len(tokens) - 1
     num_windows = math.ceil(num_targets / seq_len)
     padding = num_windows * seq_len - num_targets

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, cache bytes, floating-point operations. Asks the layers, knows no type."""
+"""What a model costs: parameters, cache bytes, floating-point operations."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
 
 
 def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
-    """Bytes that one token leaves in the KV cache, all layers together, at compute precision `dtype`."""
+    """Bytes that one token leaves in the KV cache of all layers, at compute precision `dtype`."""
     arrays = eqx.filter(model, eqx.is_inexact_array)
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), arrays)
     cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, model).init_cache(1), narrow)
@@ -35,12 +35,12 @@ def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Floating-point operations of a training step per token: 6 N + 6 L · (score + value width) · t.
+    """Operations of a training step per token: 6 N + 6 L · (score width + value width) · t.
 
-    Forward and backward. N counts the parameters that multiply (positions and an untied embedding
-    are looked up); the widths are those of all heads together, as the attention type declares them:
-    12 L · width · t where the two are equal (PaLM, arXiv 2204.02311, appendix B). The causal half
-    that a fused kernel skips is counted.
+    Floating-point, forward and backward. N counts the parameters that multiply (positions and an
+    untied embedding are looked up); the attention type declares the widths, of all heads together:
+    12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B). The causal half that
+    a fused kernel skips is counted.
     """
     parts = count_parameters(model)
     looked_up = parts.get("position embedding", 0)

@@ -7,7 +7,7 @@ BAD_INPUT = 2  # the exit code for input that a person can correct
 
 
 class ConfigError(ValueError):
-    """Input that a person can correct. Its text is one line: what is wrong, what to write instead."""
+    """Input that a person can correct, in one line: what is wrong, what to write instead."""
 
 
 class RunFailed(Exception):

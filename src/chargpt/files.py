@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, *contents: bytes | memoryview) -> None:
-    """Replace the file at `path`, even if the machine stops half-way: write aside, fsync, rename, fsync."""
+    """Replace the file at `path`, even if the machine stops: write aside, fsync, rename, fsync."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:

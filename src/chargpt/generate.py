@@ -25,8 +25,8 @@ def sample_token(
 ) -> Scalar:
     """A token drawn from softmax(logits / temperature), the most likely one at temperature 0.
 
-    top_k keeps the k most likely tokens; top_p keeps the fewest most likely ones whose probabilities reach p (nucleus
-    sampling, arXiv 1904.09751). Both may be given: top_k first.
+    top_k keeps the k most likely tokens; top_p the fewest most likely ones whose probabilities
+    reach p (nucleus sampling, arXiv 1904.09751). Both may be given: top_k comes first.
     """
     if temperature == 0:
         return jnp.argmax(logits)
@@ -54,12 +54,13 @@ def generate(
     top_p: float | None = None,
     tokens_per_piece: int = 32,
 ) -> Iterator[Int[np.ndarray, "samples new"]]:
-    """Continue `prompt` by `num_tokens` tokens, one sample per key, yielded in pieces as they are made.
+    """Continue `prompt` by `num_tokens` tokens, one sample per key, in pieces as they are drawn.
 
-    The cache holds `max_seq_len` tokens, the context that the model was trained on. When it is full, the last half of it is
-    read again into an empty cache, at positions from 0, and the text goes on from there: so every token is predicted from
-    at least the last max_seq_len // 2 tokens, and a text of any length costs the same per token. Token i of a sample is
-    drawn with fold_in(key, i): the text does not depend on the size of the pieces, nor on the other samples.
+    The cache holds `max_seq_len` tokens, the context that the model was trained on. When it is
+    full, its last half is read again into an empty cache, at positions from 0, and the text
+    continues from there: every token is predicted from at least the last max_seq_len // 2 tokens,
+    and a text of any length costs the same per token. Token i of a sample is drawn with
+    fold_in(key, i): the text depends neither on the size of the pieces nor on other samples.
     """
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
@@ -107,7 +108,7 @@ def _read(
 
 
 def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, PyTree]:
-    """Draw `length` more tokens: `token`, the newest, goes in at `position`; the next has number `index`."""
+    """Draw `length` more tokens, number `index` first; the newest so far goes in at `position`."""
     model, token, keys, position, index, length, how = kept
 
     def one_sample(cache: PyTree, token: Scalar, key: PRNGKeyArray) -> tuple[Array, PyTree]:

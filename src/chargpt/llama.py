@@ -1,4 +1,4 @@
-"""Models of Llama architecture from Hugging Face: which of them are ours too, and as which configuration."""
+"""Hugging Face's Llama models: which of them our model is too, and with which configuration."""
 
 import json
 import math
@@ -15,7 +15,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def from_llama(path: Path, dataset: dict[str, Any], seq_len: int | None) -> Config:
-    """The configuration of the model that the config.json at `path` describes; ConfigError if it is not ours too.
+    """The configuration of the model that config.json describes; ConfigError if ours is not that.
 
     `dataset` are options of ours, by name: the text whose characters are the vocabulary. `seq_len`
     is a context shorter than the file's max_position_embeddings.
@@ -55,7 +55,7 @@ def from_llama(path: Path, dataset: dict[str, Any], seq_len: int | None) -> Conf
 
 
 NORM_EPS = eqx.nn.RMSNorm(1, use_bias=False).eps
-# What our model is: {field: (our value, Hugging Face's default, why no other value can be imported)}
+# {field: (the value of our model, Hugging Face's default, why no other can be imported)}
 OURS: dict[str, tuple[Any, Any, str]] = {
     "model_type": ("llama", None, "only llama can be imported"),
     "architectures": (*2 * (["LlamaForCausalLM"],), "only LlamaForCausalLM can be imported"),
@@ -71,7 +71,7 @@ OURS: dict[str, tuple[Any, Any, str]] = {
 
 
 class LlamaConfig:
-    """Hugging Face's config.json of a Llama model; ConfigError if it asks for what our model does not do.
+    """Hugging Face's config.json of a Llama model; ConfigError if ours is not that model.
 
     What the file leaves out has the value that Hugging Face's LlamaConfig gives it.
     """

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: FeedForward, Block, GPT. It never asks which attention type it holds."""
+"""The decoder-only transformer, whatever its attention type: FeedForward, Block, GPT."""
 
 import math
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def make_norm(kind: Norm, width: int) -> NormLayer:
 
 
 def feed_forward_width(config: ModelConfig) -> int:
-    """d_ff; with model.match=params, the one that makes a block as large as a block of standard attention."""
+    """d_ff; with model.match=params, for blocks as large as those of standard attention."""
     if config.match is Match.none:
         return config.ff_width
     surplus = surplus_weights(config)
@@ -151,7 +151,10 @@ def check(config: ModelConfig) -> None:
 
 
 class GPT(eqx.Module):
-    """Token logits of a sequence. `blocks` is one Block whose leaves have a leading layer axis; unstacked, a tuple."""
+    """Token logits of a sequence.
+
+    `blocks` is one Block whose leaves have a leading layer axis, or, unstacked, a tuple.
+    """
 
     embedding: Float[Array, "vocab m"]
     position_embedding: Float[Array, "max_seq_len m"] | None
@@ -165,7 +168,7 @@ class GPT(eqx.Module):
     def __init__(
         self, config: ModelConfig, vocab_size: int, max_seq_len: int, *, key: PRNGKeyArray
     ):
-        """`max_seq_len` is the training context: the size of the learned position table, if there is one."""
+        """`max_seq_len`, the training context, is the size of a learned position table."""
         embedding_key, position_key, blocks_key, head_key, init_key = jax.random.split(key, 5)
         self.embedding = INIT_STD * jax.random.normal(embedding_key, (vocab_size, config.d_model))
         self.position_embedding = None
@@ -199,7 +202,7 @@ class GPT(eqx.Module):
             arrays, key = layer
             return eqx.combine(arrays, static)(x, key=key), None
 
-        # Weights are stacked for the optimizer's sake; the computation, unrolled, is a straight line.
+        # Weights are stacked for the optimizer; the computation is unrolled.
         x, _ = jax.lax.scan(apply_block, x, (arrays, keys), unroll=self.num_layers)
         return self._logits(x)
 
@@ -210,7 +213,7 @@ class GPT(eqx.Module):
         return self.blocks
 
     def attention_weights(self, tokens: Tokens) -> Float[Array, "layers n t s"] | None:
-        """How much every head of every layer reads of each token; None if this attention has no weights."""
+        """How much every head reads of each token; None if this attention has no weights."""
         x = self._embed(tokens, jnp.arange(tokens.shape[0]))
         weights = []
         for block in self.layers():
@@ -229,8 +232,10 @@ class GPT(eqx.Module):
         return tuple(eqx.combine(layer, static) for layer in layers)
 
     def unstack(self) -> "GPT":
-        """The model with each block's weights in arrays of their own, for decoding: inside a compiled
-        loop a slice of stacked weights is a copy at every token."""
+        """The model with separate weights for each block, for decoding.
+
+        Inside a compiled loop, a slice of stacked weights is a copy at every token.
+        """
         return eqx.tree_at(lambda model: model.blocks, self, self.layers())
 
     def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
@@ -240,7 +245,7 @@ class GPT(eqx.Module):
     def decode(
         self, tokens: Tokens, cache: tuple[PyTree, ...], position: Position
     ) -> tuple[Logits, tuple[PyTree, ...]]:
-        """Logits of `t` more tokens, the first at `position`, and the cache with them: equal to the forward pass."""
+        """Logits of `t` more tokens, the first at `position`, and the cache with their entries."""
         x = self._embed(tokens, position + jnp.arange(tokens.shape[0]))
         new_cache = []
         for block, entries in zip(self.layers(), cache, strict=True):
@@ -280,7 +285,7 @@ def is_linear(node: Any) -> bool:
 
 
 def init_weights(module: Module, stds: dict[str, float], *, key: PRNGKeyArray) -> Module:
-    """GPT-2's initialisation: every Linear weight normal(0, std), with `stds` by path, INIT_STD otherwise.
+    """GPT-2's initialisation: Linear weights normal(0, std), INIT_STD unless `stds` has the path.
 
     TypeError if a path of `stds` is not a Linear of `module`: a misspelt declaration must not pass.
     """

@@ -17,7 +17,7 @@ from chargpt.model import is_linear
 
 
 class Hyperparameters(eqx.Module):
-    """The numbers that searches vary: inputs of a compiled step, which therefore serves whole searches."""
+    """The numbers that searches vary: inputs of a compiled step, which serves them all."""
 
     learning_rate: Float[Array, ""]
     weight_decay: Float[Array, ""]
@@ -40,7 +40,7 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 
 def make_schedule(kind: Schedule, numbers: Hyperparameters) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay (a linear tail), or constant.
+    """Learning rate by step: linear warm-up, then cosine, stable with a linear tail, or constant.
 
     The first step already moves: warm-up runs over 1/(w+1) … w/(w+1) of the peak.
     """
@@ -133,7 +133,7 @@ def make_optimizer(
     Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the
     nearest orthogonal matrix, found by Newton-Schulz iteration. Scaled to the root mean square of
     Adam's updates, 0.2 (arXiv 2502.16982), it takes learning rates and weight decay of the same
-    size as AdamW does. Everything else keeps Adam, with Nesterov momentum as optax has it beside Muon.
+    size as AdamW does. Everything else keeps Adam, with Nesterov momentum as in optax.
     """
     clip = optax.identity()
     if config.grad_clip is not None:

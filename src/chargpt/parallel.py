@@ -29,7 +29,7 @@ class Devices:
         return f"{len(self)} x {self.mesh.devices.flat[0].device_kind}"
 
     def split(self, tree: Tree, axis: int = 0) -> Tree:
-        """Arrays whose `axis` is the batch, each device holding its part; inside of a compiled function too."""
+        """Arrays whose `axis` is the batch, a part on each device; also inside compiled code."""
         spec = PartitionSpec(*[None] * axis, "batch")
         return self._place(tree, NamedSharding(self.mesh, spec))
 
@@ -38,7 +38,7 @@ class Devices:
         return self._place(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def split_layers(self, tree: Tree) -> Tree:
-        """Stacks of matrices [layer, …] with each device holding some of the layers, where these can be shared evenly."""
+        """Stacks of matrices [layer, …], some layers on each device if they share out evenly."""
         shared = eqx.filter(
             tree,
             lambda leaf: eqx.is_array(leaf) and leaf.ndim == 3 and leaf.shape[0] % len(self) == 0,
@@ -58,9 +58,9 @@ class Devices:
 
 
 def offer_cpu_devices() -> None:
-    """Let a CPU appear as one device per core. XLA shares out small operations badly, whole sequences well.
+    """Let a CPU appear as one device per core: XLA splits small operations badly, batches well.
 
-    To be called before JAX looks for devices; afterwards those that it found stay. JAX_NUM_CPU_DEVICES sets another number.
+    Has an effect only before JAX looks for devices. JAX_NUM_CPU_DEVICES sets another number.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
@@ -72,7 +72,7 @@ def offer_cpu_devices() -> None:
 
 
 def choose_devices(trainer: TrainerConfig) -> Devices:
-    """`trainer.num_devices` of them; by default as many as there are and as share a batch evenly."""
+    """`trainer.num_devices` of them; by default as many as can share a batch evenly."""
     available = jax.devices()
     share = trainer.batch_size // trainer.grad_accum_steps
     number = trainer.num_devices
@@ -81,6 +81,7 @@ def choose_devices(trainer: TrainerConfig) -> Devices:
     if number > len(available):
         kind = available[0].platform
         raise ConfigError(
-            f"trainer.num_devices={number}: there are {len(available)} ({kind}); write that or fewer, or null"
+            f"trainer.num_devices={number}: there are {len(available)} ({kind}); "
+            "write that or fewer, or null"
         )
     return Devices(Mesh(np.array(available[:number]), ("batch",)))

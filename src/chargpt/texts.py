@@ -26,7 +26,8 @@ def read_text(config: DatasetConfig) -> str:
         return read_source(config).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); convert it, say with iconv"
+            f"dataset.filepath={config.filepath}: is not UTF-8 text (byte {error.start}); "
+            "convert it, with iconv for instance"
         ) from error
 
 
@@ -67,7 +68,7 @@ def read_file(filepath: str) -> bytes:
 
 
 def download(url: str, sha256: str, path: Path) -> bytes:
-    """The file at `url`, fetched once into `path`; verified, and written under a temporary name first."""
+    """The file at `url`, downloaded once to `path`, verified by its hash."""
     if path.is_file():
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == sha256:
@@ -100,7 +101,8 @@ def download(url: str, sha256: str, path: Path) -> bytes:
     found = hashlib.sha256(fetched).hexdigest()
     require(
         found == sha256,
-        f"dataset.name=tinyshakespeare: {url} sent another file (sha256 {found}, expected {sha256})",
+        f"dataset.name=tinyshakespeare: {url} sent another file "
+        f"(sha256 {found}, expected {sha256})",
     )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""One training step, many of them in one compiled call, and the evaluation of a whole split. Pure functions only."""
+"""One training step, and many of them in one compiled call: pure functions only."""
 
 import functools
 from enum import Enum
@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from chargpt.config import Config, OptimizerName, Precision, Sampling
-from chargpt.corpus import Windows, epoch_batch, sample_batch
+from chargpt.corpus import epoch_batch, sample_batch
 from chargpt.model import GPT
 from chargpt.optimizer import Hyperparameters, hyperparameters, make_optimizer, make_schedule
 from chargpt.parallel import Devices
@@ -20,8 +19,6 @@ from chargpt.parallel import Devices
 Tree = TypeVar("Tree")
 Seed = UInt32[Array, ""] | int
 Batch = Int[Array, "batch t"]
-
-EVAL_TOKENS_PER_BATCH = 16_384
 
 
 class TrainState(eqx.Module):
@@ -77,7 +74,7 @@ def random_key(seed: Seed, stream: Stream, step: Int[Array, ""] | int = 0) -> PR
 
 
 def init_state(config: Config, vocab_size: int, seed: Seed) -> TrainState:
-    """The state before the first step: everything in it follows from the configuration and `seed`."""
+    """The state before the first step; it follows from the configuration and `seed`."""
     model = GPT(config.model, vocab_size, config.dataset.seq_len, key=random_key(seed, Stream.init))
     optimizer = make_optimizer(config.optimizer, hyperparameters(config))
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
@@ -93,7 +90,7 @@ def compute_dtype(precision: Precision) -> Any:
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
-    """`tree` with its floating-point arrays in `dtype`: parameters stay float32, the computation is narrower."""
+    """`tree` with floating-point arrays in `dtype`; parameters themselves stay float32."""
     floats, rest = eqx.partition(tree, eqx.is_inexact_array)
     return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(dtype), floats), rest)
 
@@ -101,7 +98,7 @@ def cast(tree: Tree, dtype: Any) -> Tree:
 def cross_entropy(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """Nats per token, in float32. One-hot targets: the gradient of an integer-label gather is a scatter."""
+    """Nats per token, in float32. One-hot: the gradient of an integer-label gather is a scatter."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1]))
 
@@ -119,7 +116,7 @@ def loss_fn(
 def train_step(
     state: TrainState, inputs: Inputs, config: Config, devices: Devices | None = None
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step. Batch and dropout follow only from (seed, step), so an interrupted run repeats them.
+    """One optimizer step; batch and dropout follow from (seed, step), so resuming repeats them.
 
     `devices` share the batch; everything else each of them computes alike. If the loss or the
     gradient is not finite, parameters, moments and their count stay bit for bit as they were.
@@ -167,6 +164,7 @@ def draw_batch(
 
 def average(ema: GPT, model: GPT, config: Config, count: Int[Array, ""]) -> GPT:
     """decay * ema + (1 - decay) * model, with less decay in the first steps, which it forgets."""
+    assert config.optimizer.ema_decay is not None
     decay = jnp.minimum(config.optimizer.ema_decay, (1 + count) / (10 + count))
 
     def step(old: Any, new: Any) -> Any:
@@ -183,7 +181,7 @@ def accumulate_gradients(
     config: Config,
     devices: Devices | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Loss and gradient of the batch mean, in `trainer.grad_accum_steps` equal parts one by one: less memory."""
+    """Loss and gradient of the batch mean, in `grad_accum_steps` equal parts to save memory."""
     parts, dtype = config.trainer.grad_accum_steps, compute_dtype(config.trainer.precision)
 
     def gradient(inputs: Batch, targets: Batch, key: PRNGKeyArray) -> tuple[Array, PyTree]:
@@ -207,7 +205,7 @@ def accumulate_gradients(
 
 
 def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
-    """Euclidean norms of the gradient's parts: embedding, attention and feed-forward of every layer, head."""
+    """Euclidean norms of the gradient by part: embedding, attention, feed-forward, head."""
 
     def norm(*tree: PyTree, per_layer: int = 0) -> Float[Array, "..."]:
         leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
@@ -223,19 +221,6 @@ def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
     norms |= {f"feed_forward_{layer}": part for layer, part in enumerate(feed_forward)}
     has_head = grads.final_norm is not None or grads.head is not None
     return norms | ({"head": norm(grads.final_norm, grads.head)} if has_head else {})
-
-
-def attention_entropy(
-    model: GPT, inputs: Int[Array, "windows t"]
-) -> Float[Array, "layers n"] | None:
-    """Entropy in nats of what each head reads, mean over positions: ln of how many tokens, if it reads them evenly.
-
-    None if the attention type has no weights.
-    """
-    weights = jax.vmap(model.attention_weights)(inputs)
-    if weights is None:
-        return None
-    return jax.scipy.special.entr(weights.astype(jnp.float32)).sum(axis=-1).mean(axis=(0, 3))
 
 
 def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
@@ -260,48 +245,3 @@ def train_steps(
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
     state = eqx.combine(arrays, static)
     return state if devices is None else devices.replicate(state), metrics
-
-
-def score(
-    model: GPT, inputs: Batch, targets: Batch, weights: Float[Array, "batch t"]
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Summed nats and correct predictions of each window."""
-    logits = jax.vmap(model)(inputs)
-    losses = cross_entropy(logits, targets) * weights
-    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
-    return losses.sum(axis=-1), correct.sum(axis=-1)
-
-
-@eqx.filter_jit
-def _score_jit(model: GPT, batch: tuple[Any, Any, Any], dtype: Any) -> tuple[Array, Array]:
-    return score(cast(model, dtype), *batch)
-
-
-def eval_batch_size(windows: Windows) -> int:
-    """Windows to score at once: about EVAL_TOKENS_PER_BATCH tokens of them."""
-    count, seq_len = windows.inputs.shape
-    return min(max(1, EVAL_TOKENS_PER_BATCH // seq_len), count)
-
-
-def evaluate(
-    model: GPT,
-    windows: Windows,
-    batch_size: int,
-    precision: Precision,
-    devices: Devices | None = None,
-) -> dict[str, float]:
-    """Loss (nats per character), bits per character and accuracy over all windows: exact and deterministic."""
-    count = len(windows.inputs)
-    batch_size += 0 if devices is None else -batch_size % len(devices)
-    padding = ((0, -count % batch_size), (0, 0))
-    split = [np.pad(rows, padding) for rows in (windows.inputs, windows.targets, windows.weights)]
-    losses, correct = 0.0, 0.0
-    for start in range(0, len(split[0]), batch_size):
-        batch = tuple(rows[start : start + batch_size] for rows in split)
-        if devices is not None:
-            batch = devices.split(jax.tree.map(jnp.asarray, batch))
-        sums = _score_jit(model, batch, compute_dtype(precision))
-        losses += float(np.asarray(sums[0], np.float64).sum())
-        correct += float(np.asarray(sums[1], np.float64).sum())
-    loss, accuracy = losses / windows.num_targets, correct / windows.num_targets
-    return {"val/loss": loss, "val/accuracy": accuracy, "val/bpc": loss / float(np.log(2))}

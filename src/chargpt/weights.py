@@ -1,9 +1,10 @@
 """Weights leave and enter as safetensors files, under the names that the field gives them.
 
-Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA; our leaves are stacked
-over the layers, the file has one tensor per layer. The rotary halves of MLA lie as in Llama: DeepSeek's own files interleave
-them. Reading is safe: safetensors holds numbers alone, the library checks every offset against the file's size, and every
-shape is checked against the model's before a number is read.
+Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA.
+Our leaves are stacked over the layers; the file has one tensor per layer. The rotary halves of MLA
+are laid out as in Llama; DeepSeek's own files interleave them. Reading is safe: safetensors holds
+only numbers, the library checks every offset against the file's size, and every shape is checked
+against the model's before a number is read.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ class ExportOptions:
 
 @dataclasses.dataclass
 class ImportOptions:
-    """A run directory, at step 0, from a safetensors file: one of `chargpt export`, or any of Llama architecture."""
+    """A run directory, at step 0, from weights of `chargpt export` or of a Llama model."""
 
     file: str = ""  # the file to read
     run: str = ""  # the directory to make
@@ -167,7 +168,7 @@ def import_weights(options: ImportOptions) -> None:
 
 
 def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
-    """The state before the first step, with `model` in it. Compiled: its random weights are never made."""
+    """The state before the first step, with `model`; compiled, so no random weights are made."""
 
     def put(model: GPT) -> TrainState:
         state = init_state(config, vocab_size, config.seed)
@@ -228,7 +229,7 @@ def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
 
 
 def read_model(name: str, file: Any, header: checkpoint.Header, dtypes: Sequence[str]) -> GPT:
-    """The model of `header` with the file's numbers; ConfigError naming the first tensor that does not fit."""
+    """The model of `header` with the file's numbers; ConfigError if a tensor does not fit."""
     found = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
     config, layers = header.config, header.config.model.num_layers
     enough = layers <= len(found)  # before anything is built of a size that a stranger claims

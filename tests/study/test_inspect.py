@@ -24,8 +24,9 @@ from chargpt.checkpoint import Header, save
 from chargpt.config import AttentionType
 from chargpt.model import GPT
 from chargpt.run.directory import write_config
+from chargpt.run.evaluate import attention_entropy
 from chargpt.study.inspect import Reading, draw_maps
-from chargpt.train import attention_entropy, gradient_norms, init_state
+from chargpt.train import gradient_norms, init_state
 
 LENGTH = 7
 

@@ -21,6 +21,7 @@ from chargpt.config import options, spell
 from chargpt.errors import ConfigError, RunFailed
 from chargpt.run import start
 from chargpt.run.directory import write_config
+from chargpt.study import search
 from chargpt.study.space import Parameter, Space, read_space, to_wandb_sweep
 
 optuna = pytest.importorskip("optuna")
@@ -274,6 +275,24 @@ def test_a_trial_that_was_cut_off_resumes_and_one_that_fails_is_counted(
     assert quick == ["resume trial_0000", "train trial_0002"]
     assert states(tmp_path / "study") == ["COMPLETE", "FAIL", "COMPLETE"]
     assert "trial 1 failed: not finite" in capsys.readouterr().out
+
+
+def test_a_trial_that_ends_while_another_process_looks_is_not_claimed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = search.SearchOptions(space=str(write(tmp_path, SPACE)), num_trials=1)
+    study = search.open_study(tmp_path, read_space(Path(options.space)))
+    study.ask()
+
+    def try_lock(path: Path) -> object:
+        study.tell(0, 1.0)  # its process, and only then the lock is free
+        return original(path)
+
+    original = search.try_lock
+    monkeypatch.setattr(search, "try_lock", try_lock)
+    assert search.claim(study, options, tmp_path) is None
+    with original(search.working(tmp_path, "0")):  # it has been let go
+        pass
 
 
 def test_another_space_does_not_go_into_the_same_study(

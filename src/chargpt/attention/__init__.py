@@ -24,7 +24,7 @@ OPTIONAL = {"qk_norm": False, "head_dim": None, "rope": True}
 
 
 def make_attention(config: ModelConfig, *, key: PRNGKeyArray) -> AbstractAttention:
-    """The attention layer that `config.mha_type` names; ConfigError for an option it does not accept."""
+    """The attention layer of `config.mha_type`; ConfigError for an option it does not accept."""
     layer = build(config, key)
     kind = config.mha_type.name
     for name, neutral in OPTIONAL.items():

@@ -5,7 +5,7 @@ Axes, in every einsum and every annotation of this package:
     t  query position        n  query heads            m  d_model, the width of the residual stream
     s  key position          k  key/value heads        r  kv_lora_rank, the width of MLA's latent
     h  head_dim              g  = n / k                f  d_ff
-    d  width of queries and keys, v  of values, where they differ from h; e  of a key all heads share
+    d  width of queries and keys, v  of values, if they differ from h; e  of a key all heads share
 """
 
 import abc
@@ -22,7 +22,6 @@ Stream = Float[Array, "t m"]  # tokens as vectors of the residual stream
 Positions = Int[Array, " t"]
 Position = Int[Array, ""] | int
 Weights = Float[Array, "n t s"]
-Cache = PyTree[Shaped[Array, "s ..."]]  # type: ignore[misc]
 # Which keys each query reads: a boolean array, True = attend; or the fact "causal", which needs
 # no array and which fused kernels turn into skipped work.
 Mask = Bool[Array, "t s"] | Literal["causal"]
@@ -64,14 +63,14 @@ class AbstractAttention(eqx.Module):
     @property
     @abc.abstractmethod
     def widths(self) -> tuple[int, int]:
-        """Multiplications for one (query, key) pair, all heads together: in its scores, with its values."""
+        """Multiplications per (query, key) pair, all heads: (for the scores, with the values)."""
 
     @abc.abstractmethod
     def fused_projections(self) -> dict[str, Split]:
-        """{path of a weight: how it splits}, for weights [out, in] that are several matrices in one."""
+        """{path of a projection: how its weight [out, in] splits}, if that is several matrices."""
 
     def attention_weights(self, x: Stream) -> Weights | None:
-        """How much every head reads of each token; rows add up to one. None: the variant has none."""
+        """How much every head reads of each token, rows adding up to one; None if it has none."""
         return None
 
     def remark(self) -> str | None:
@@ -86,7 +85,7 @@ class AbstractAttention(eqx.Module):
 
     @final
     def init_cache(self, max_seq_len: int) -> PyTree[Shaped[Array, "max_seq_len ..."]]:
-        """An empty KV cache: zeros shaped like the `entries` of `max_seq_len` tokens, in the weights' dtype."""
+        """An empty KV cache: zeros shaped like the `entries` of `max_seq_len` tokens."""
         dtype = jnp.result_type(*jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array)))
         x = jax.ShapeDtypeStruct((max_seq_len, self.d_model), dtype)
         positions = jax.ShapeDtypeStruct((max_seq_len,), jnp.int32)
@@ -95,9 +94,12 @@ class AbstractAttention(eqx.Module):
 
     @final
     def decode(
-        self, x: Float[Array, "t {self.d_model}"], cache: Cache, position: Position
-    ) -> tuple[Stream, Cache]:
-        """Outputs for `t` new tokens, the first at `position`, and the cache with their entries written in.
+        self,
+        x: Float[Array, "t {self.d_model}"],
+        cache: PyTree[Shaped[Array, "s ..."]],
+        position: Position,
+    ) -> tuple[Stream, PyTree[Shaped[Array, "s ..."]]]:
+        """Outputs for `t` new tokens, the first at `position`, and the cache with their entries.
 
         A prompt and a single token alike. The caller keeps position + t <= max_seq_len.
         """
@@ -131,7 +133,7 @@ def merge_heads(heads: Float[Array, "t n width"], weight: Float[Array, "m in"]) 
 
 
 def fused_kernel(dtype: Any, width: int) -> bool:
-    """Whether cuDNN's fused attention applies: an NVIDIA GPU, 16-bit numbers, a head width it takes."""
+    """Whether cuDNN's fused attention applies: a GPU, 16-bit numbers, a width that it takes."""
     narrow = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
     return narrow and jax.default_backend() == "gpu"
 
@@ -149,7 +151,7 @@ def softmax(scores: Float[Array, "*n t s"], mask: Bool[Array, "t s"], dtype: Any
 
 
 def join_shared(queries: Queries, keys: Keys, shared: Shared) -> tuple[Array, Array]:
-    """Queries and keys with their shared part appended, the one shared key repeated for every head."""
+    """Queries and keys with their shared part appended, its one key repeated for every head."""
     if shared is None:
         return queries, keys
     everywhere = jnp.broadcast_to(shared[1][:, None], (*keys.shape[:2], shared[1].shape[-1]))
@@ -172,8 +174,8 @@ def dot_product_attention(
 
     `shared` is a further part of the queries, and of the keys one that all heads share: its
     products are added to the scores, as if the two parts were concatenated. The fact "causal"
-    reaches the fused kernel where there is one. Otherwise XLA gets the formula itself, which on a
-    CPU is faster than `jax.nn.dot_product_attention` (docs/results.md) and takes values of any width.
+    reaches the fused kernel if there is one. Otherwise XLA gets the formula itself, which on a CPU
+    is faster than `jax.nn.dot_product_attention` (docs/results.md) and takes values of any width.
     """
     if isinstance(mask, str):
         # Over many queries one long product beats a sum of two; over one, it would copy the cache.

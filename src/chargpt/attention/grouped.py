@@ -1,4 +1,4 @@
-"""Standard, grouped-query and multi-query attention: one class; they differ in the number of key/value heads."""
+"""Standard, grouped-query and multi-query attention: one class, by number of key/value heads."""
 
 from typing import ClassVar, final
 

@@ -18,7 +18,7 @@ Heads = Float[Array, "t n v"]
 
 @final
 class MultiHeadLatentAttention(AbstractAttention):
-    """MLA (DeepSeek-V2, arXiv 2405.04434): the cache holds a latent c and one rotary key, r + dr numbers per token.
+    """MLA (DeepSeek-V2, arXiv 2405.04434): the cache holds a latent c and one rotary key per token.
 
         [c~ ; k~] = W_kva x      c = RMSNorm(c~)      k_rope = RoPE(k~)    one vector for all heads
         [k_nope | v] = W_kvb c   [q_nope | q_rope] = W_q x, or W_qb RMSNorm(W_qa x), per head
@@ -126,7 +126,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         return base.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
 
     def read_absorbed(self, queries: Queries, entries: Entries, mask: Mask) -> Heads:
-        """The same numbers without expansion: multi-query attention; keys and values are the latents."""
+        """The same without expansion: multi-query attention with the latents as keys and values."""
         (q_nope, q_rope), (latents, k_rope) = queries, entries
         key_half, value_half = self.kv_b_halves(self.kv_b_proj.weight)
         q_latent, keys = jnp.einsum("tnd,ndr->tnr", q_nope, key_half), latents[:, None, :]
@@ -153,13 +153,8 @@ class MultiHeadLatentAttention(AbstractAttention):
         return score_width, self.num_heads * self.v_head_dim
 
     def fused_projections(self) -> dict[str, Split]:
+        def per_kind(weight: Float[Array, "out r"]) -> tuple[Float[Array, "_ r"], ...]:
+            return tuple(half.reshape(-1, half.shape[-1]) for half in self.kv_b_halves(weight))
+
         rank = self.kv_lora_rank
-
-        def down(weight: Float[Array, "out m"]) -> tuple[Float[Array, "r m"], Float[Array, "dr m"]]:
-            return weight[:rank], weight[rank:]
-
-        def up(weight: Float[Array, "out r"]) -> tuple[Float[Array, "ks r"], Float[Array, "vs r"]]:
-            keys, values = self.kv_b_halves(weight)
-            return keys.reshape(-1, weight.shape[1]), values.reshape(-1, weight.shape[1])
-
-        return {"kv_a_proj": down, "kv_b_proj": up}
+        return {"kv_a_proj": lambda weight: (weight[:rank], weight[rank:]), "kv_b_proj": per_kind}

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864) in the half-split layout of GPT-NeoX and Llama."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split as in GPT-NeoX and Llama."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,7 +15,7 @@ def require_even(name: str, width: int, theta: float | None) -> None:
 
 
 def rope_angles(positions: Int[Array, " t"], head_dim: int, theta: float) -> Float[Array, "t half"]:
-    """Rotation angles in radians: positions * theta^(-2i/head_dim) for pairs i < head_dim / 2, in float32."""
+    """In radians: positions * theta^(-2i/head_dim) for the pairs i < head_dim / 2, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return positions[:, None] * frequencies
 
@@ -23,7 +23,7 @@ def rope_angles(positions: Int[Array, " t"], head_dim: int, theta: float) -> Flo
 def apply_rope(
     x: Float[Array, "t heads h"], positions: Int[Array, " t"], theta: float | None
 ) -> Float[Array, "t heads h"]:
-    """Rotate the pair (x[i], x[i + h/2]) of every head by its angle at its position; theta None: not at all.
+    """Rotate the pair (x[i], x[i + h/2]) of every head by its angle; theta None: leave x as it is.
 
     Computed in float32, returned in the dtype of `x`. Query·key then depends on positions only
     through their difference.

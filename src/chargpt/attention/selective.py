@@ -1,4 +1,7 @@
-"""Selective attention: every query makes its own keys and values. docs/selective-attention.md derives this form."""
+"""Selective attention: every query makes its own keys and values.
+
+docs/selective-attention.md derives the form used here.
+"""
 
 from typing import ClassVar, final
 
@@ -19,9 +22,10 @@ Entries = tuple[Float[Array, "s n h"], Float[Array, "s n h"]]
 
 @final
 class SelectiveAttention(AbstractAttention):
-    """Keys and values per query: k_ij = W_k [q_i ; x_j], v_ij = W_v [q_i ; x_j], q_i = W_q x_i at full width.
+    """Keys and values per query: k_ij = W_k [q_i ; x_j], v_ij = W_v [q_i ; x_j]; q_i = W_q x_i.
 
-    Written literally this is a [t, s, m] tensor. But with W_k = [A | B] and W_v = [C | D],
+    Queries have the full width. Written literally this is a [t, s, m] tensor. But with
+    W_k = [A | B] and W_v = [C | D],
 
         k_ij = A q_i + B x_j        v_ij = C q_i + D x_j        y_i = C q_i + sum_j p_ij D x_j
 
@@ -64,8 +68,8 @@ class SelectiveAttention(AbstractAttention):
         self.rope_theta = rope_theta
 
     def project(self, x: Stream, positions: Positions) -> tuple[Queries, Entries]:
-        key_from_query, key_from_token = halves(self.k_proj.weight)  # A, B
-        value_from_query, value_from_token = halves(self.v_proj.weight)  # C, D
+        key_from_query, key_from_token = jnp.split(self.k_proj.weight, 2, axis=1)  # A, B
+        value_from_query, value_from_token = jnp.split(self.v_proj.weight, 2, axis=1)  # C, D
         q = jnp.einsum("tm,om->to", x, self.q_proj.weight)
         skip = base.project_heads(q, value_from_query, self.num_heads)
         values = base.project_heads(x, value_from_token, self.num_heads)
@@ -94,7 +98,7 @@ class SelectiveAttention(AbstractAttention):
     def _shared(
         self, bias_queries: Float[Array, "t n h"] | None, keys: Float[Array, "s n h"]
     ) -> base.Shared:
-        """The part of queries and keys that makes the relative-position bias: for keys, cos and sin."""
+        """The queries and keys of the relative-position bias; the keys are cos and sin."""
         if bias_queries is None or self.rope_theta is None:
             return None
         angles = rope_angles(jnp.arange(keys.shape[0]), self.head_dim, self.rope_theta)
@@ -107,18 +111,13 @@ class SelectiveAttention(AbstractAttention):
         return base.causal_weights(q, keys, scale=self.head_dim**-0.5, shared=shared)
 
     def remark(self) -> str | None:
-        cancels = "without RoPE, selective attention's per-query keys are the same for all keys and cancel"
-        return cancels if self.rope_theta is None else None
+        if self.rope_theta is not None:
+            return None
+        return "without RoPE, what a query adds to its keys is the same for all keys and cancels"
 
     @property
     def widths(self) -> tuple[int, int]:
         return self.d_model * (1 if self.rope_theta is None else 2), self.d_model
 
     def fused_projections(self) -> dict[str, Split]:
-        return {"k_proj": halves, "v_proj": halves}
-
-
-def halves(weight: Float[Array, "m two_m"]) -> tuple[Float[Array, "m m"], Float[Array, "m m"]]:
-    """The columns that read the query, and those that read the token."""
-    query_half, token_half = jnp.split(weight, 2, axis=1)
-    return query_half, token_half
+        return dict.fromkeys(("k_proj", "v_proj"), lambda w: tuple(jnp.split(w, 2, axis=1)))

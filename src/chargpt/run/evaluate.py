@@ -1,16 +1,83 @@
-"""`chargpt evaluate`: score a text with a saved model."""
+"""The loss of a model on a whole text, and `chargpt evaluate`."""
 
 import dataclasses
+from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from chargpt.checkpoint import Which, open_run
-from chargpt.config import DatasetConfig, DatasetName
-from chargpt.corpus import CharTokenizer, load_corpus, make_windows
+from chargpt.config import DatasetConfig, DatasetName, Precision
+from chargpt.corpus import CharTokenizer, Windows, load_corpus, make_windows
 from chargpt.errors import note, require
+from chargpt.model import GPT
+from chargpt.parallel import Devices
 from chargpt.run.cache import kept_executables
 from chargpt.texts import read_text
-from chargpt.train import eval_batch_size, evaluate
+from chargpt.train import Batch, cast, compute_dtype, cross_entropy
+
+TOKENS_PER_BATCH = 16_384
+
+
+def score(
+    model: GPT, inputs: Batch, targets: Batch, weights: Float[Array, "batch t"]
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Summed nats and correct predictions of each window."""
+    logits = jax.vmap(model)(inputs)
+    losses = cross_entropy(logits, targets) * weights
+    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+    return losses.sum(axis=-1), correct.sum(axis=-1)
+
+
+@eqx.filter_jit
+def _score_jit(model: GPT, batch: Any, dtype: Any) -> tuple[Array, Array]:
+    return score(cast(model, dtype), *batch)
+
+
+def eval_batch_size(windows: Windows) -> int:
+    """Windows to score at once: about TOKENS_PER_BATCH tokens of them."""
+    count, seq_len = windows.inputs.shape
+    return min(max(1, TOKENS_PER_BATCH // seq_len), count)
+
+
+def evaluate(
+    model: GPT,
+    windows: Windows,
+    batch_size: int,
+    precision: Precision,
+    devices: Devices | None = None,
+) -> dict[str, float]:
+    """Loss (nats per character), bits per character and accuracy over all windows: exact and deterministic."""
+    count = len(windows.inputs)
+    batch_size += 0 if devices is None else -batch_size % len(devices)
+    padding = ((0, -count % batch_size), (0, 0))
+    split = [np.pad(rows, padding) for rows in (windows.inputs, windows.targets, windows.weights)]
+    losses, correct = 0.0, 0.0
+    for start in range(0, len(split[0]), batch_size):
+        batch = tuple(rows[start : start + batch_size] for rows in split)
+        if devices is not None:
+            batch = devices.split(jax.tree.map(jnp.asarray, batch))
+        sums = _score_jit(model, batch, compute_dtype(precision))
+        losses += float(np.asarray(sums[0], np.float64).sum())
+        correct += float(np.asarray(sums[1], np.float64).sum())
+    loss, accuracy = losses / windows.num_targets, correct / windows.num_targets
+    return {"val/loss": loss, "val/accuracy": accuracy, "val/bpc": loss / float(np.log(2))}
+
+
+def attention_entropy(
+    model: GPT, inputs: Int[Array, "windows t"]
+) -> Float[Array, "layers n"] | None:
+    """Entropy in nats of what each head reads, mean over positions: ln of how many tokens, if it reads them evenly.
+
+    None if the attention type has no weights.
+    """
+    weights = jax.vmap(model.attention_weights)(inputs)
+    if weights is None:
+        return None
+    return jax.scipy.special.entr(weights.astype(jnp.float32)).sum(axis=-1).mean(axis=(0, 3))
 
 
 @dataclasses.dataclass

@@ -19,16 +19,14 @@ from chargpt.errors import RunFailed
 from chargpt.generate import generate
 from chargpt.parallel import choose_devices
 from chargpt.run import cache
+from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
 from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
 from chargpt.train import (
     StepMetrics,
     Stream,
     TrainState,
-    attention_entropy,
     cast,
     compute_dtype,
-    eval_batch_size,
-    evaluate,
     init_state,
     make_inputs,
     random_key,
