@@ -1,4 +1,4 @@
-"""Runs that were never trained, as directories and as records: what compares runs reads them in moments."""
+"""Runs that were never trained, as directories and as records, made in moments."""
 
 import json
 from collections.abc import Sequence
@@ -13,28 +13,21 @@ CORPUS = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def named_config(*overrides: str) -> Config:
-    """configs/default.yaml with overrides, named after its attention type unless they say otherwise."""
+    """configs/default.yaml with overrides; without a name among them, named after its type."""
     values = read_overrides(overrides)
     name = values.get("wandb.name", values.get("model.mha_type", "standard"))
     return change(compose(), {"wandb.name": name, "wandb.group": name} | values)
 
 
-def make_run(
-    path: Path,
-    *overrides: str,
-    val_losses: Sequence[float] = (3.0, 2.5, 2.0),
-    summary: dict[str, Any] | None = None,
-    sample: str = "ROMEO:\nWhat say you?",
-) -> Path:
-    """A run directory that came to its end with these validation losses; `summary` changes what it sums up."""
-    record = make_record(
-        *overrides, path=path, val_losses=val_losses, summary=summary, sample=sample
-    )
+def make_run(path: Path, *overrides: str, **record_options: Any) -> Path:
+    """A directory with the files of `make_record`."""
+    record = make_record(*overrides, path=path, **record_options)
     path.mkdir(parents=True)
     write_config(path, record.config)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record.metrics))
     (path / "summary.json").write_text(json.dumps(record.summary, indent=2) + "\n")
-    samples = f"=== step 1\nan old text\n\n=== step {record.config.trainer.num_steps}\n{sample}\n\n"
+    steps = record.config.trainer.num_steps
+    samples = f"=== step 1\nan old text\n\n=== step {steps}\n{record.sample}\n\n"
     (path / "samples.txt").write_text(samples, encoding="utf-8")
     return path
 
@@ -46,14 +39,17 @@ def make_record(
     summary: dict[str, Any] | None = None,
     sample: str = "ROMEO:\nWhat say you?",
 ) -> Record:
-    """The same as `read_run` would read it, without a directory."""
+    """A run that reached its end with these validation losses, as `read_run` reads it.
+
+    `summary` changes what is in its summary.
+    """
     config = named_config(*overrides)
-    summed_up = summary_of(config, val_losses) | (summary or {})
-    return Record(path, config, summed_up, metrics_of(config, val_losses), sample)
+    changed = summary_of(config, val_losses) | (summary or {})
+    return Record(path, config, changed, metrics_of(config, val_losses), sample)
 
 
 def metrics_of(config: Config, val_losses: Sequence[float]) -> list[dict[str, Any]]:
-    """Two lines for each validation loss, evenly over the steps: one that only trained, and the one that evaluated."""
+    """Two lines for each validation loss, evenly over the steps; the second one evaluates."""
     lines: list[dict[str, Any]] = []
     for number, loss in enumerate(val_losses, 1):
         end = config.trainer.num_steps * number // len(val_losses)

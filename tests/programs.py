@@ -1,4 +1,4 @@
-"""The real programs in processes of their own, and what they leave behind."""
+"""The real programs in their own processes, and what they leave behind."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def without_clock(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def leaves_of(run_dir: Path) -> bytes:
-    """The bytes of the last checkpoint's leaves, behind its header line."""
+    """The bytes of the last checkpoint's leaves, after its header line."""
     return bytes(checkpoint.read_header(run_dir / "checkpoints" / "last.eqx")[2])
 
 
@@ -66,7 +66,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the run has logged `step`."""
+    """Wait until the run has logged `step`."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         path = run_dir / "metrics.jsonl"
@@ -74,4 +74,4 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
             return
         assert process.poll() is None, "".join(process.communicate())
         time.sleep(0.01)
-    raise AssertionError("the run did not get there")
+    raise AssertionError(f"the run did not reach step {step}")

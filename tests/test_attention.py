@@ -18,11 +18,12 @@ from chargpt.attention import (
     SelectiveAttention,
     make_attention,
 )
-from chargpt.attention.base import dot_product_attention
+from chargpt.attention.base import dot_product_attention, fused_kernel
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
 
 D_MODEL, NUM_HEADS, HEAD_DIM, SEQ_LEN = 16, 4, 4, 7
+READ = 1e-3  # an attention weight above this shows in the output
 THETAS = (None, 100.0)  # a small base: every pair rotates visibly within SEQ_LEN positions
 
 # Compiled as a whole: op by op, compiling each shape would take most of this file's time.
@@ -523,8 +524,6 @@ def test_only_selective_attention_without_rope_has_a_remark():
     assert "cancel" in make(AttentionType.selective, rope=False).remark()
 
 
-READ = 1e-3  # a weight above this shows in the output
-
 ROWS, COLUMNS = np.arange(48), np.arange(32)  # of kv_b_proj and of selective's projections
 FUSED = {  # type: {projection: (rows, columns) of the matrices in it}; SMALL has the sizes
     "standard": {},
@@ -699,3 +698,21 @@ def test_every_array_of_a_layer_is_a_weight(mha_type):
     arrays = [leaf for leaf in jax.tree.leaves(attention) if eqx.is_array(leaf)]
     assert len(arrays) == len(jax.tree.leaves(grads))
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "expected"),
+    [
+        ("gpu", jnp.bfloat16, 32, True),
+        ("gpu", jnp.float16, 128, True),
+        ("cpu", jnp.bfloat16, 32, False),
+        ("gpu", jnp.float32, 32, False),
+        ("gpu", jnp.bfloat16, 36, False),
+        ("gpu", jnp.bfloat16, 136, False),
+    ],
+)
+def test_the_fused_kernel_is_for_a_gpu_and_16_bit_numbers_of_a_width_that_it_takes(
+    backend, dtype, width, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert fused_kernel(dtype, width) is expected

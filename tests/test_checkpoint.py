@@ -1,7 +1,7 @@
-"""Checkpoints under attack: damage, forgeries with a right digest, kills at any moment, full disks.
+"""Checkpoints under attack: damage, forgeries with a valid digest, kills at any time, full disks.
 
-Whatever is killed or starved is a process of its own, forked from a nursery: an interpreter that
-has imported everything and has not started JAX yet, so that a fork is cheap and safe. Its processes
+Whatever is killed or starved runs in its own process, forked from a nursery: an interpreter that
+has imported everything but has not started JAX yet, so that a fork is cheap and safe. Its processes
 run the `child_*` functions here.
 """
 
@@ -62,7 +62,7 @@ def tiny_config(*overrides: str) -> Config:
 def random_state(
     config: Config, seed: int = 0, step: int = 7, vocabulary: str = VOCABULARY
 ) -> TrainState:
-    """A state at `step` whose leaves are random bits: infinities and NaNs of all kinds occur."""
+    """A state at `step` whose leaves are random bits: infinities and NaNs among them."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf: Any) -> Any:
@@ -76,7 +76,7 @@ def random_state(
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
-    """`state` with `step` in its counter and throughout its embedding: a mixture of saves shows."""
+    """`state` with `step` as its counter and embedding, which shows a mixture of two saves."""
     embedding = jnp.array(np.full(state.model.embedding.shape, step, np.float32))
     values = (jnp.array(np.int32(step)), embedding)
     return eqx.tree_at(lambda s: (s.step, s.model.embedding), state, values)
@@ -122,7 +122,7 @@ def refusal(path: Path) -> str:
 
 
 class Parts:
-    """A checkpoint taken apart: header fields and leaves, to be changed and signed anew."""
+    """A checkpoint taken apart: header fields and leaves, to be changed and signed again."""
 
     def __init__(self, data: bytes):
         line, body = data[:-DIGEST].split(b"\n", 1)
@@ -162,7 +162,7 @@ def write_forged(path: Path, content: bytes) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint of about ten thousand bytes. Tests damage copies of it."""
+    """An intact checkpoint of about ten thousand bytes. Tests damage copies of it."""
     path = tmp_path_factory.mktemp("tiny") / "last.eqx"
     config = tiny_config()
     checkpoint.save(path, random_state(config), make_header(config))
@@ -174,10 +174,10 @@ def parts(tiny_file: Path) -> Parts:
     return Parts(tiny_file.read_bytes())
 
 
-# ---- there and back
+# ---- saved and loaded
 
 
-def test_every_bit_of_the_state_comes_back(mha_type: AttentionType, tmp_path: Path):
+def test_every_bit_of_the_state_is_restored(mha_type: AttentionType, tmp_path: Path):
     config = tiny_config(f"model.mha_type={mha_type.name}", "model.num_layers=2")
     state, header = random_state(config), make_header(config)
     checkpoint.save(tmp_path / "last.eqx", state, header)
@@ -224,7 +224,7 @@ def test_every_bit_of_the_state_comes_back(mha_type: AttentionType, tmp_path: Pa
     ],
     ids=" ".join,
 )
-def test_every_option_of_the_model_comes_back(overrides: list[str], tmp_path: Path):
+def test_the_state_is_restored_with_every_option_of_the_model(overrides: list[str], tmp_path: Path):
     config = tiny_config(*overrides)
     state = random_state(config)
     checkpoint.save(tmp_path / "last.eqx", state, make_header(config))
@@ -254,7 +254,7 @@ def test_the_optimizer_state_is_in_the_file(tiny_file: Path):
     ],
     ids=["nothing evaluated yet", "hard characters", "extreme numbers"],
 )
-def test_every_field_of_the_header_comes_back(changes: dict[str, Any], tmp_path: Path):
+def test_every_field_of_the_header_is_restored(changes: dict[str, Any], tmp_path: Path):
     config = tiny_config("wandb.name='ü $ {x}'", "wandb.tags=[a,'b c']", "wandb.entity=null")
     header = make_header(config, **changes)
     state = random_state(config, vocabulary=header.vocabulary)
@@ -274,8 +274,8 @@ def test_equinox_alone_reads_the_leaves(mha_type: AttentionType, dropout: str, t
         assert_same_bits(eqx.tree_deserialise_leaves(file, like), eqx.filter(state, eqx.is_array))
 
 
-def test_saving_replaces_the_file_whole(tiny_file: Path, tmp_path: Path):
-    """What a reader has open stays as it was: the old file is replaced, not overwritten."""
+def test_saving_replaces_the_file_instead_of_overwriting_it(tiny_file: Path, tmp_path: Path):
+    """What a reader has open does not change."""
     config, path = tiny_config(), tmp_path / "last.eqx"
     checkpoint.save(path, random_state(config, step=1), make_header(config, step=1))
     before = path.read_bytes()
@@ -285,7 +285,7 @@ def test_saving_replaces_the_file_whole(tiny_file: Path, tmp_path: Path):
     assert checkpoint.load(path)[1].step == 2
 
 
-# ---- C2, C3: damage
+# ---- damage
 
 
 def test_a_file_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
@@ -306,7 +306,7 @@ def test_a_bit_flipped_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
     checkpoint.load(path)
 
 
-def test_bytes_added_before_behind_or_inside_are_refused(tiny_file: Path, tmp_path: Path):
+def test_bytes_added_before_after_or_inside_are_refused(tiny_file: Path, tmp_path: Path):
     data = tiny_file.read_bytes()
     longer = [b"\0" + data, data + b"\0", data[:5000] + b"\0" + data[5000:], data + data]
     for number, changed in enumerate(longer):
@@ -314,14 +314,14 @@ def test_bytes_added_before_behind_or_inside_are_refused(tiny_file: Path, tmp_pa
         assert "SHA-256" in refusal(tmp_path / f"{number}.eqx")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path):
+def test_what_is_not_a_file_is_refused(tmp_path: Path):
     assert "cannot be read" in refusal(tmp_path / "missing.eqx")
     (tmp_path / "folder.eqx").mkdir()
     assert "cannot be read" in refusal(tmp_path / "folder.eqx")
 
 
 def test_a_forgery_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path):
-    """The digest is right, so the header and the leaves must defend themselves."""
+    """The digest is valid, so the checks of header and leaves must find it."""
     content = tiny_file.read_bytes()[:-DIGEST]
     begin = content.index(b"\n") + 1
     edges = [begin + offset for offset in (-1, 0, 1, 6, 10, 127, 128, 129)] + [len(content) - 1]
@@ -329,7 +329,7 @@ def test_a_forgery_cut_short_anywhere_is_refused(tiny_file: Path, tmp_path: Path
         refusal(write_forged(tmp_path / "cut.eqx", content[:end]))
 
 
-# ---- C4: leaves that are not those of the configuration
+# ---- leaves that are not those of the configuration
 
 
 def test_leaves_in_another_order_are_refused(parts: Parts, tmp_path: Path):
@@ -343,7 +343,9 @@ def test_leaves_in_another_order_are_refused(parts: Parts, tmp_path: Path):
     assert "leaves are not those" in refusal(parts.write(tmp_path / "both.eqx"))
 
 
-def test_leaves_of_unequal_shape_exchanged_in_the_payload_are_refused(parts: Parts, tmp_path: Path):
+def test_leaves_of_different_shapes_exchanged_in_the_payload_are_refused(
+    parts: Parts, tmp_path: Path
+):
     a, b = parts.index("model.embedding"), parts.index("model.final_norm.weight")
     parts.leaves[a], parts.leaves[b] = parts.leaves[b], parts.leaves[a]
     assert "model.embedding" in refusal(parts.write(tmp_path / "x.eqx"))
@@ -361,7 +363,7 @@ def test_a_missing_leaf_is_named(path: str, parts: Parts, tmp_path: Path):
     parts.fields["leaves"].insert(index, entry)
     refusal(parts.write(tmp_path / "payload.eqx"))
     parts.leaves.insert(index, leaf)
-    checkpoint.load(parts.write(tmp_path / "whole.eqx"))
+    checkpoint.load(parts.write(tmp_path / "intact.eqx"))
 
 
 def test_an_extra_leaf_is_named(parts: Parts, tmp_path: Path):
@@ -380,7 +382,7 @@ def test_an_entry_listed_twice_is_refused(parts: Parts, tmp_path: Path):
 @pytest.mark.parametrize(
     "extra", [b"\0", b"x" * 1000, b"leaf"], ids=["a byte", "a thousand bytes", "a leaf"]
 )
-def test_bytes_behind_the_last_leaf_are_refused(extra: bytes, parts: Parts, tmp_path: Path):
+def test_bytes_after_the_last_leaf_are_refused(extra: bytes, parts: Parts, tmp_path: Path):
     parts.leaves.append(npy(np.zeros(2, np.float32)) if extra == b"leaf" else extra)
     refusal(parts.write(tmp_path / "x.eqx"))
 
@@ -418,9 +420,9 @@ def test_another_shape_is_refused_and_its_leaf_named(
 @pytest.mark.parametrize("number", [0, 1, 3, -1, 10**30, None, "2", [2], {}])
 def test_another_format_is_refused_and_named(number: Any, parts: Parts, tmp_path: Path):
     message = refusal(parts.set("format", number).write(tmp_path / "x.eqx"))
-    assert "of another format than 2" in message
+    assert "is not of format 2" in message
     del parts.fields["format"]
-    assert "of another format than 2" in refusal(parts.write(tmp_path / "none.eqx"))
+    assert "is not of format 2" in refusal(parts.write(tmp_path / "none.eqx"))
 
 
 @pytest.mark.parametrize(
@@ -463,7 +465,7 @@ def test_a_field_of_another_type_is_refused(name: str, value: Any, parts: Parts,
     refusal(parts.set(name, value).write(tmp_path / "x.eqx"))
 
 
-# ---- C5: hostile contents, digest right, under a limit of time and memory
+# ---- hostile contents with a valid digest, within limits of time and memory
 
 
 def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
@@ -501,7 +503,7 @@ def header_line(line: bytes) -> Callable[[Parts, Path], Any]:
 
 
 def with_text(field: bytes) -> Callable[[Parts, Path], Any]:
-    """The header with one more field behind the others, as text: JSON takes the last of a name."""
+    """The header with one more field after the others, as text: in JSON the last one counts."""
 
     def change(parts: Parts, _: Path) -> None:
         parts.line = json.dumps(parts.fields).encode()[:-1] + b", " + field + b"}"
@@ -518,7 +520,7 @@ def many_batches(parts: Parts, _: Path) -> None:
 
 
 def all_sizes(parts: Parts, _: Path) -> None:
-    """A header that agrees with itself: 10^9 layers in the configuration and in the table."""
+    """A consistent header: 10^9 layers in the configuration and in the table."""
     parts.set("config.model.num_layers", 10**9)
     for entry in parts.fields["leaves"]:
         entry[2] = [10**9, *entry[2][1:]] if "blocks" in entry[0] else entry[2]
@@ -651,13 +653,13 @@ def child_load_all(folder: str, good: str) -> None:
     Path("report.json").write_text(json.dumps(report))
 
 
-def test_hostile_files_are_refused_in_one_line_soon_and_without_memory(
+def test_hostile_files_are_refused_in_one_line_quickly_and_without_memory(
     tiny_file: Path, nursery: "Nursery", tmp_path: Path
 ):
     """One process reads them all, and may take little more memory than it had before the first."""
-    whole = tiny_file.read_bytes()
+    intact = tiny_file.read_bytes()
     for number, change in enumerate(HOSTILE.values()):
-        parts = Parts(whole)
+        parts = Parts(intact)
         change(parts, tmp_path / "canary")
         write_forged(tmp_path / f"{number}.eqx", parts.content().replace(b"CANARY", b"canary"))
     where, seconds = {"folder": str(tmp_path), "good": str(tiny_file)}, 4 * len(HOSTILE)
@@ -695,7 +697,7 @@ generated = hypothesis.settings(
 def test_any_value_anywhere_in_the_header_is_refused_or_harmless(
     tiny_file: Path, value: Any, data: st.DataObject
 ):
-    """The digest is right. What is not refused has the leaves it had."""
+    """The digest is valid. What is not refused has the same leaves."""
     parts = Parts(tiny_file.read_bytes())
     places = list(walk(parts.fields))
     container, key = data.draw(st.sampled_from(places))
@@ -717,10 +719,10 @@ def walk(node: Any) -> Iterator[tuple[Any, Any]]:
 @hypothesis.given(
     place=st.floats(0, 1, exclude_max=True), in_header=st.booleans(), byte=st.integers(0, 255)
 )
-def test_any_byte_anywhere_is_refused_or_harmless_even_with_the_digest_right(
+def test_any_byte_anywhere_is_refused_or_harmless_even_with_a_valid_digest(
     tiny_file: Path, place: float, in_header: bool, byte: int
 ):
-    """In the header, or in the 128 bytes of the first leaf that say what it is."""
+    """In the header, or in the 128 bytes that describe the first leaf."""
     content = bytearray(tiny_file.read_bytes()[:-DIGEST])
     begin = content.index(b"\n") + 1
     content[int(place * begin) if in_header else begin + int(place * 128)] = byte
@@ -738,7 +740,7 @@ def assert_refused_or_same(path: Path, original: Path) -> None:
     assert found == expected
 
 
-# ---- S1: data only
+# ---- data only
 
 
 @pytest.mark.parametrize(
@@ -800,7 +802,7 @@ def test_text_that_looks_like_yaml_stays_text(
 
 
 class Nursery:
-    """Forks processes that run one `child_*` function each, and tells how they ended."""
+    """Forks processes that run one `child_*` function each, and reports how they ended."""
 
     def __init__(self, stderr: Path):
         self._stderr = stderr
@@ -840,7 +842,7 @@ class Nursery:
 
 
 def serve() -> None:
-    """The nursery's side: fork for each line that comes, until none comes any more."""
+    """The nursery's side: fork once for each line of the input."""
     for line in sys.stdin:
         name, seconds, arguments = json.loads(line)
         child = os.fork()
@@ -865,7 +867,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
-    """A recorder that can only save, of a loop that only holds the newest state in `run_dir`.
+    """A recorder that can only save, with a loop that only holds the newest state in `run_dir`.
 
     Its messages go to `said`.
     """
@@ -894,7 +896,7 @@ def note_saved(recorder: Recorder) -> None:
 
 
 def save_next(recorder: Recorder, *names: str) -> None:
-    """One more step, saved under `names`; then, and not before, noted in the file `saved`."""
+    """One more step, saved under `names`, and only then noted in the file `saved`."""
     loop = recorder.loop
     loop.step += 1
     loop.state = at_step(loop.state, loop.step)
@@ -908,13 +910,13 @@ def files_in(folder: Path) -> list[str]:
 
 
 def steps_saved(run_dir: Path) -> int:
-    """The last step that was loaded, or whose save was over, before the process was killed."""
+    """The last step that was loaded or completely saved before the process was killed."""
     noted = run_dir / "saved"
     return int(noted.read_text().split()[-1]) if noted.exists() and noted.read_text() else 0
 
 
-def assert_newest_is_whole(run_dir: Path) -> int:
-    """The step of the newest checkpoint: whole, never older than the last save that was over."""
+def assert_newest_is_intact(run_dir: Path) -> int:
+    """The step of the newest checkpoint: intact, and not older than the last completed save."""
     said: list[str] = []
     newest = load_newest(run_dir, said.append)
     assert said == []
@@ -970,10 +972,10 @@ def child_save_once(
     save_next(recorder, *names)
 
 
-# ---- C1: SIGKILL
+# ---- SIGKILL
 
 
-def test_sigkill_at_random_moments_leaves_the_newest_whole(nursery: Nursery, tmp_path: Path):
+def test_sigkill_at_random_moments_leaves_the_newest_intact(nursery: Nursery, tmp_path: Path):
     rng, reached = random.Random(0), 0
     for _ in range(15):
         before = steps_saved(tmp_path)
@@ -984,32 +986,32 @@ def test_sigkill_at_random_moments_leaves_the_newest_whole(nursery: Nursery, tmp
         time.sleep(rng.uniform(0, 0.06))
         os.kill(process, signal.SIGKILL)
         assert nursery.wait() == -signal.SIGKILL
-        newest = assert_newest_is_whole(tmp_path)
-        assert newest > reached  # the next process went on from there
+        newest = assert_newest_is_intact(tmp_path)
+        assert newest > reached  # the next process continued from there
         reached = newest
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
-    assert assert_newest_is_whole(tmp_path) == reached + 1
+    assert assert_newest_is_intact(tmp_path) == reached + 1
     assert files_in(tmp_path / "checkpoints") == ["best.eqx", "last.eqx", "previous.eqx"]
 
 
-def test_sigkill_at_every_boundary_leaves_the_newest_whole(nursery: Nursery, tmp_path: Path):
+def test_sigkill_at_every_boundary_leaves_the_newest_intact(nursery: Nursery, tmp_path: Path):
     """Before and after every fsync, rename, link and unlink of a save, until none is left."""
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
     assert nursery.run(child_save_once, run_dir=str(tmp_path)) == 0
     for kill_at in itertools.count():
-        before = assert_newest_is_whole(tmp_path)
+        before = assert_newest_is_intact(tmp_path)
         code = nursery.run(child_save_once, run_dir=str(tmp_path), kill_at=kill_at)
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert before <= assert_newest_is_whole(tmp_path) <= before + 1
+        assert before <= assert_newest_is_intact(tmp_path) <= before + 1
     # Twice each: link, rename of the old file; fsync, rename, fsync of the new one and of the best
     assert kill_at >= 14
-    assert assert_newest_is_whole(tmp_path) == before + 1
+    assert assert_newest_is_intact(tmp_path) == before + 1
     assert files_in(tmp_path / "checkpoints") == ["best.eqx", "last.eqx", "previous.eqx"]
 
 
-def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_whole_or_absent(
+def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_intact_or_absent(
     nursery: Nursery, tmp_path: Path
 ):
     found = []
@@ -1017,14 +1019,14 @@ def test_sigkill_at_every_boundary_of_the_first_save_leaves_it_whole_or_absent(
         run_dir = tmp_path / str(kill_at)
         run_dir.mkdir()
         code = nursery.run(child_save_once, run_dir=str(run_dir), kill_at=kill_at, names=("last",))
-        found.append(assert_newest_is_whole(run_dir))
+        found.append(assert_newest_is_intact(run_dir))
         if code == 0:
             break
         assert code == -signal.SIGKILL
     assert found == sorted(found) and found[0] == 0 and found[-1] == 1
 
 
-def test_death_in_the_middle_of_a_write_leaves_the_newest_whole(
+def test_death_in_the_middle_of_a_write_leaves_the_newest_intact(
     tiny_file: Path, nursery: Nursery, tmp_path: Path
 ):
     """The kernel ends the process with that many bytes of the new file written."""
@@ -1036,13 +1038,13 @@ def test_death_in_the_middle_of_a_write_leaves_the_newest_whole(
         code = nursery.run(child_save_once, run_dir=str(tmp_path), largest=largest, names=("last",))
         assert code == -signal.SIGXFSZ
         assert (tmp_path / "checkpoints" / "last.tmp").stat().st_size == largest
-        assert assert_newest_is_whole(tmp_path) == 2
+        assert assert_newest_is_intact(tmp_path) == 2
     assert nursery.run(child_save_once, run_dir=str(tmp_path), names=("last",)) == 0
-    assert assert_newest_is_whole(tmp_path) == 3
+    assert assert_newest_is_intact(tmp_path) == 3
     assert files_in(tmp_path / "checkpoints") == ["last.eqx", "previous.eqx"]
 
 
-# ---- C6: a full disk
+# ---- a full disk
 
 
 def child_full_disk(run_dir: str, largest: int) -> None:
@@ -1084,10 +1086,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert report["said"] == [message] * 3
     assert report["unsaved"] == ["File too large"] * 3 + [None]
     assert report["names"] == ["last.eqx", "previous.eqx"]
-    assert assert_newest_is_whole(tmp_path) == 2  # with room again, the next save works
+    assert assert_newest_is_intact(tmp_path) == 2  # with room again, the next save works
 
 
-def test_a_folder_that_is_gone_is_an_oserror(tmp_path: Path):
+def test_saving_in_a_missing_folder_is_an_oserror(tmp_path: Path):
     config = tiny_config()
     with pytest.raises(FileNotFoundError):
         checkpoint.save(tmp_path / "gone" / "last.eqx", random_state(config), make_header(config))
@@ -1115,7 +1117,7 @@ def test_a_save_that_fails_anywhere_leaves_the_old_file_and_no_temporary_one(
 def test_file_and_folder_are_flushed_before_and_after_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Without the first, a power cut leaves an empty file; without the second, perhaps the old."""
+    """Without the first, a power cut may leave an empty file; without the second, the old one."""
     config, events = tiny_config(), []
     fsync, replace = os.fsync, os.replace
 
@@ -1142,7 +1144,7 @@ def test_file_and_folder_are_flushed_before_and_after_the_rename(
 # ---- a file kept under another name
 
 
-def test_a_file_kept_under_another_name_outlives_the_next_save(tmp_path: Path):
+def test_a_file_kept_under_another_name_survives_the_next_save(tmp_path: Path):
     last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
     write_durably(last, b"one")
     keep_as(last, previous)
@@ -1155,7 +1157,7 @@ def test_a_file_kept_under_another_name_outlives_the_next_save(tmp_path: Path):
 
 
 def test_keeping_twice_without_a_save_between_leaves_no_temporary_file(tmp_path: Path):
-    """rename() between two names of one file does nothing, and says nothing."""
+    """rename() between two names of one file silently does nothing."""
     last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
     write_durably(last, b"one")
     keep_as(last, previous)
@@ -1163,7 +1165,7 @@ def test_keeping_twice_without_a_save_between_leaves_no_temporary_file(tmp_path:
     assert files_in(tmp_path) == ["last.eqx", "previous.eqx"]
 
 
-def test_keeping_works_where_a_kill_left_a_temporary_file(tmp_path: Path):
+def test_keeping_works_if_a_kill_left_a_temporary_file(tmp_path: Path):
     last, previous = tmp_path / "last.eqx", tmp_path / "previous.eqx"
     write_durably(last, b"one")
     (tmp_path / "previous.tmp").write_bytes(b"left behind")

@@ -77,14 +77,14 @@ def test_characters_are_code_points_and_none_is_special(text):
     assert tokenizer.decode(jnp.asarray(tokenizer.encode(text))) == text
 
 
-def test_tokens_are_places_in_the_sorted_vocabulary():
+def test_tokens_are_indices_into_the_sorted_vocabulary():
     tokenizer = CharTokenizer.from_text("cab b")
     assert tokenizer.vocabulary == " abc"
     np.testing.assert_array_equal(tokenizer.encode("abc "), [1, 2, 3, 0])
 
 
 @given(st.text(), st.text(min_size=1))
-def test_unknown_characters_are_named_each_once(known, text):
+def test_unknown_characters_are_each_named_once(known, text):
     tokenizer = CharTokenizer.from_text(known)
     missing = sorted(set(text) - set(known))
     if not missing:
@@ -208,7 +208,7 @@ def test_batches_are_windows_of_the_text_and_every_start_is_reachable(seq_len, n
     assert targets.max() == tokens[-1]
 
 
-def test_a_key_is_a_batch():
+def test_a_batch_follows_from_its_key():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 60, 10_000))
     draw = functools.partial(sample_batch, tokens, batch_size=8, seq_len=16)
     first, again, other = draw(jax.random.key(3)), draw(jax.random.key(3)), draw(jax.random.key(4))
@@ -228,7 +228,7 @@ def epoch_batches(tokens, key, steps, batch_size, seq_len):
 def epoch_starts(
     length: int, seq_len: int, batch_size: int, num_batches: int, seed: int = 0
 ) -> np.ndarray:
-    """Where the windows of the first batches begin, in order; the text is the numbers from 0 on."""
+    """Where the windows of the first batches begin, in order, in the text 0, 1, 2, …"""
     batches = epoch_batches(
         jnp.arange(length), jax.random.key(seed), jnp.arange(num_batches), batch_size, seq_len
     )
@@ -254,7 +254,7 @@ def epoch_starts(
         (1000, 4, 300),
     ],
 )
-def test_every_epoch_reads_each_window_once_with_other_cuts_in_another_order(
+def test_every_epoch_reads_each_window_once_cut_elsewhere_and_in_another_order(
     length, seq_len, batch_size
 ):
     room = min(seq_len, length - seq_len)
@@ -283,7 +283,7 @@ def test_over_many_epochs_every_window_of_the_text_is_read_up_to_its_last_charac
 
 
 def test_shuffled_is_a_bijection_and_puts_anything_anywhere():
-    index = jnp.arange(2500)  # one shape for all sizes: places beyond a size are left out
+    index = jnp.arange(2500)  # one shape for all sizes: indices beyond a size are ignored
     for windows in (1, 2, 3, 4, 5, 11, 48, 63, 64, 130, 255, 1000, 2500):
         size, key = windows - windows % math.isqrt(windows), jax.random.key(windows)
         places = np.asarray(jax.vmap(lambda i, size=size, key=key: shuffled(i, size, key))(index))
@@ -314,7 +314,7 @@ def test_windows_predict_every_character_but_the_first_exactly_once(length, seq_
 
 @settings(deadline=None)
 @given(st.integers(2, 400), st.integers(1, 20), st.integers(1, 500))
-def test_a_cap_keeps_evenly_spaced_whole_windows(length, seq_len, max_tokens):
+def test_a_cap_keeps_evenly_spaced_windows(length, seq_len, max_tokens):
     tokens = np.arange(length, dtype=np.int32)
     everything, capped = make_windows(tokens, seq_len), make_windows(tokens, seq_len, max_tokens)
     if max_tokens >= length - 1:

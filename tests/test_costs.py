@@ -1,19 +1,20 @@
-"""Parameters, cache bytes and operations, each against the formulas of the types, worked out by hand."""
+"""Parameters, cache bytes and operations, against the formulas of the types worked out by hand."""
+
+import dataclasses
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import make_config, small_config
+from conftest import layer_of, make_config, small_config
 
-from chargpt.config import AttentionType, Config
+from chargpt.config import Config
 from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from chargpt.model import GPT
 
 VOCAB, SEQ_LEN, LAYERS = 11, 16, 2
 WIDTH, HEADS, HEAD_DIM = 16, 4, 4  # tests/conftest.py: SMALL
 LATENT, NOPE, ROPE, VALUE = 8, 4, 4, 8
-KV_HEADS = {AttentionType.standard: 4, AttentionType.gqa: 2, AttentionType.mqa: 1}
 HEADS_OPTIONS = {
     "untied": [],
     "tied": ["model.tie_embeddings=true"],
@@ -21,60 +22,79 @@ HEADS_OPTIONS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What one attention layer costs."""
+
+    parameters: int
+    cache: int  # numbers per token
+    scores: int  # multiplications for a query and a key, all heads together
+    values: int = WIDTH  # and with the value
+
+
+def grouped(kv_heads: int) -> Layer:
+    parameters = 2 * WIDTH * HEADS * HEAD_DIM + 2 * WIDTH * kv_heads * HEAD_DIM
+    return Layer(parameters, cache=2 * kv_heads * HEAD_DIM, scores=WIDTH)
+
+
+def latent(value: int = VALUE) -> Layer:
+    down = WIDTH * (LATENT + ROPE) + LATENT
+    up = LATENT * HEADS * (NOPE + value)
+    parameters = WIDTH * HEADS * (NOPE + ROPE) + down + up + HEADS * value * WIDTH
+    return Layer(parameters, LATENT + ROPE, scores=HEADS * (NOPE + ROPE), values=HEADS * value)
+
+
+KNOWN = {
+    "standard": grouped(4),
+    "gqa": grouped(2),
+    "mqa": grouped(1),
+    # Keys and values read [query | token]; the bias of a query is as wide as its keys.
+    "selective": Layer(2 * WIDTH * WIDTH + 2 * WIDTH * 2 * WIDTH, 2 * WIDTH, scores=2 * WIDTH),
+    "mla": latent(),
+    "equinox": Layer(4 * WIDTH * WIDTH, cache=WIDTH, scores=WIDTH),
+}
+
+
 def make_model(config: Config) -> GPT:
     """A model of zeros: only its sizes matter here."""
-    shapes = eqx.filter_eval_shape(
-        lambda key: GPT(config.model, VOCAB, SEQ_LEN, key=key), jax.random.key(0)
-    )
-    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
+    build = eqx.Partial(GPT, config.model, VOCAB, SEQ_LEN)
+    shapes = eqx.filter_eval_shape(build, key=jax.random.key(0))
     return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if is_shape(leaf) else leaf, shapes
+        lambda leaf: jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
+        shapes,
     )
 
 
-def attention_parameters(mha_type: AttentionType) -> int:
-    """Of one layer, as design.md counts them."""
-    match mha_type:
-        case AttentionType.standard | AttentionType.gqa | AttentionType.mqa:
-            return 2 * WIDTH * HEADS * HEAD_DIM + 2 * WIDTH * KV_HEADS[mha_type] * HEAD_DIM
-        case AttentionType.selective:
-            return 2 * WIDTH * WIDTH + 2 * WIDTH * 2 * WIDTH  # keys and values read [query | token]
-        case AttentionType.mla:
-            latents = WIDTH * (LATENT + ROPE) + LATENT + LATENT * HEADS * (NOPE + VALUE)
-            return WIDTH * HEADS * (NOPE + ROPE) + latents + HEADS * VALUE * WIDTH
-        case AttentionType.equinox:
-            return 4 * WIDTH * WIDTH
+def model_of(kind: str, *overrides: str) -> GPT:
+    return make_model(small_config(f"model.mha_type={kind}", *overrides))
 
 
-def cache_floats(mha_type: AttentionType) -> int:
-    """Per token and layer."""
-    match mha_type:
-        case AttentionType.standard | AttentionType.gqa | AttentionType.mqa:
-            return 2 * KV_HEADS[mha_type] * HEAD_DIM
-        case AttentionType.selective:
-            return 2 * WIDTH
-        case AttentionType.mla:
-            return LATENT + ROPE
-        case AttentionType.equinox:
-            return WIDTH
+def size(tree: object) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
 
 
 @pytest.mark.parametrize("head", HEADS_OPTIONS)
 def test_parameters_are_counted_by_part_and_add_up(mha_type, head):
-    model = make_model(small_config(f"model.mha_type={mha_type.name}", *HEADS_OPTIONS[head]))
+    model = model_of(mha_type.name, *HEADS_OPTIONS[head])
     parts = count_parameters(model)
-    assert sum(parts.values()) == sum(
-        leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
-    )
+    assert sum(parts.values()) == size(model)
+    layer = layer_of(mha_type)
+    attention = sum(leaf.size for leaf in jax.tree.leaves(layer) if hasattr(leaf, "size"))
     expected = {
         "token embedding": VOCAB * WIDTH,
         "position embedding": SEQ_LEN * WIDTH if head == "learned" else 0,
-        "attention, 2 layers": LAYERS * attention_parameters(mha_type),
+        "attention, 2 layers": LAYERS * attention,
         "feed-forward, 2 layers": LAYERS * 2 * WIDTH * 4 * WIDTH,
         "norms": (2 * LAYERS + 1) * WIDTH,
         "output head": 0 if head == "tied" else VOCAB * WIDTH,
     }
     assert parts == {name: number for name, number in expected.items() if number}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_attention_has_the_parameters_of_its_formula(kind):
+    parts = count_parameters(model_of(kind))
+    assert parts["attention, 2 layers"] == LAYERS * KNOWN[kind].parameters
 
 
 @pytest.mark.parametrize(
@@ -97,7 +117,7 @@ def test_parameters_are_counted_by_part_and_add_up(mha_type, head):
             "attention, 2 layers",
             LAYERS
             * (
-                attention_parameters(AttentionType.mla)
+                KNOWN["mla"].parameters
                 - WIDTH * HEADS * (NOPE + ROPE)
                 + WIDTH * 3
                 + 3
@@ -111,51 +131,69 @@ def test_options_change_the_parameters_of_their_part(overrides, part, expected):
 
 
 def test_the_default_model_has_about_0_8_million_parameters():
-    assert sum(count_parameters(make_model(make_config())).values()) == pytest.approx(
-        0.8e6, rel=0.05
-    )
+    parameters = sum(count_parameters(make_model(make_config())).values())
+    assert parameters == pytest.approx(0.8e6, rel=0.05)
 
 
-def test_cache_bytes_follow_the_formula_of_each_type_and_halve_in_bfloat16(mha_type):
-    model = make_model(small_config(f"model.mha_type={mha_type.name}"))
-    assert kv_cache_bytes_per_token(model, jnp.float32) == 4 * LAYERS * cache_floats(mha_type)
-    assert kv_cache_bytes_per_token(model, jnp.bfloat16) == 2 * LAYERS * cache_floats(mha_type)
-    cache = eqx.filter_eval_shape(lambda: model.init_cache(SEQ_LEN))
-    assert sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
-    ) == SEQ_LEN * kv_cache_bytes_per_token(model, jnp.float32)
+def test_cache_bytes_are_those_of_a_cache_and_halve_in_bfloat16(mha_type):
+    model = model_of(mha_type.name)
+    per_token = kv_cache_bytes_per_token(model, jnp.float32)
+    assert kv_cache_bytes_per_token(model, jnp.bfloat16) == per_token / 2
+    cache = jax.tree.leaves(eqx.filter_eval_shape(lambda: model.init_cache(SEQ_LEN)))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in cache) == SEQ_LEN * per_token
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_cache_bytes_follow_the_formula_of_each_type(kind, dtype):
+    expected = LAYERS * KNOWN[kind].cache * jnp.dtype(dtype).itemsize
+    assert kv_cache_bytes_per_token(model_of(kind), dtype) == expected
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_operations_are_six_per_parameter_that_multiplies_and_twelve_per_score(mha_type, tied):
-    config = small_config(f"model.mha_type={mha_type.name}", f"model.tie_embeddings={tied}")
-    model = make_model(config)
-    norms = (2 * LAYERS + 1) * WIDTH
-    parameters = (
-        LAYERS * (attention_parameters(mha_type) + 8 * WIDTH * WIDTH) + norms + VOCAB * WIDTH
-    )  # the head, once
-    width = HEADS * (NOPE + ROPE) if mha_type is AttentionType.mla else HEADS * HEAD_DIM
+def test_operations_are_six_per_parameter_that_multiplies_and_per_product_of_attention(
+    mha_type, tied
+):
+    model = model_of(mha_type.name, f"model.tie_embeddings={tied}")
+    parameters = size(model) - (0 if tied else VOCAB * WIDTH)
     for seq_len in (1, SEQ_LEN, 1000):
-        assert (
-            flops_per_token(model, config.model, seq_len)
-            == 6 * parameters + 12 * LAYERS * width * seq_len
-        )
+        products = LAYERS * sum(layer_of(mha_type).widths) * seq_len
+        assert flops_per_token(model, seq_len) == 6 * parameters + 6 * products
 
 
-def test_a_wider_head_costs_more_operations():
-    config = small_config("model.head_dim=6")
-    parameters = (
-        LAYERS * (4 * WIDTH * HEADS * 6 + 8 * WIDTH * WIDTH)
-        + (2 * LAYERS + 1) * WIDTH
-        + VOCAB * WIDTH
-    )
-    expected = 6 * parameters + 12 * LAYERS * HEADS * 6 * SEQ_LEN
-    assert flops_per_token(make_model(config), config.model, SEQ_LEN) == expected
+@pytest.mark.parametrize("kind", KNOWN)
+def test_operations_follow_the_formula_of_each_type(kind):
+    layer = KNOWN[kind]
+    parameters = LAYERS * (layer.parameters + 8 * WIDTH * WIDTH)
+    parameters += (2 * LAYERS + 1) * WIDTH + VOCAB * WIDTH  # norms, and the head once
+    for seq_len in (1, SEQ_LEN, 1000):
+        products = LAYERS * (layer.scores + layer.values) * seq_len
+        assert flops_per_token(model_of(kind), seq_len) == 6 * parameters + 6 * products
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layer"),
+    [
+        (["model.head_dim=6"], Layer(4 * WIDTH * 24, cache=48, scores=24, values=24)),
+        (["model.mha_type=mla", "model.mla.v_head_dim=5"], latent(value=5)),
+        (
+            ["model.mha_type=selective", "model.rope=false"],
+            dataclasses.replace(KNOWN["selective"], scores=WIDTH),
+        ),
+    ],
+    ids=["wide heads", "narrow values", "selective without RoPE"],
+)
+def test_operations_follow_the_widths_of_scores_and_values(overrides, layer):
+    parameters = LAYERS * (layer.parameters + 8 * WIDTH * WIDTH)
+    parameters += (2 * LAYERS + 1) * WIDTH + VOCAB * WIDTH
+    products = LAYERS * (layer.scores + layer.values) * SEQ_LEN
+    model = make_model(small_config(*overrides))
+    assert flops_per_token(model, SEQ_LEN) == 6 * parameters + 6 * products
 
 
 def test_learned_positions_are_looked_up_and_cost_no_operations():
-    plain, learned = small_config(), small_config("model.learned_positions=true")
-    costs = [
-        flops_per_token(make_model(config), config.model, SEQ_LEN) for config in (plain, learned)
-    ]
-    assert costs[0] == costs[1]
+    plain, learned = (
+        flops_per_token(model_of("standard", *overrides), SEQ_LEN)
+        for overrides in ([], ["model.learned_positions=true"])
+    )
+    assert plain == learned

@@ -43,14 +43,14 @@ def test_lines_are_short_and_without_stray_space() -> None:
     assert "\n\n\n" not in TEXT and TEXT.endswith("\n") and not TEXT.startswith("\n")
 
 
-def test_no_line_and_no_speech_stands_twice() -> None:
+def test_no_line_and_no_speech_occurs_twice() -> None:
     lines = collections.Counter(line for line in TEXT.split("\n") if len(line) > 40)
     assert {line for line, count in lines.items() if count > 1} == REFRAINS
     speeches = collections.Counter(block for block in BLOCKS if len(block) > 60)
     assert {block for block, count in speeches.items() if count > 1} == {CHORUS}
 
 
-def test_all_154_sonnets_stand_among_speeches() -> None:
+def test_all_154_sonnets_are_there_among_speeches() -> None:
     sonnets = [block for block in BLOCKS if not is_speech(block)]
     lengths = collections.Counter(len(sonnet.split("\n")) for sonnet in sonnets)
     assert lengths == {14: 152, 15: 1, 12: 1}
@@ -64,7 +64,7 @@ def test_no_headings_and_no_stage_directions() -> None:
     assert not direction.search(TEXT)
 
 
-def test_validation_split_begins_with_a_whole_sonnet_and_holds_plays_too() -> None:
+def test_the_validation_split_begins_with_a_complete_sonnet_and_holds_plays_too() -> None:
     corpus = load_corpus(make_config().dataset)
     train, val = corpus.tokenizer.decode(corpus.train), corpus.tokenizer.decode(corpus.val)
     assert train + val == TEXT

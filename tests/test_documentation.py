@@ -65,7 +65,7 @@ NOT_RUN = {
 }
 FAST = ["trainer.log_every=4", "trainer.eval_tokens=64", "trainer.sample_chars=0", "mode=disabled"]
 QUICK = [*SMALL, "model.num_layers=1", "trainer.num_steps=4", *FAST]
-FILES = (".py", ".safetensors", ".json")
+FILES = (".py", ".md", ".safetensors", ".json")
 GROUPS = ("experiment=", "launcher=")
 SHORTER = {"sample": ["num_chars=20"], "search": ["num_trials=1"], "inspect": ["prompt=To be"]}
 

@@ -1,4 +1,4 @@
-"""Runs of earlier versions, in tests/runs/COMMIT/NAME, can be used as those of this one."""
+"""Runs of earlier versions, in tests/runs/COMMIT/NAME, are as usable as those of this one."""
 
 import csv
 import json
@@ -18,9 +18,9 @@ from chargpt.compose import change
 from chargpt.config import REQUIRED, options, settings_of
 from chargpt.corpus import load_corpus, make_windows
 from chargpt.run.directory import read_config
+from chargpt.run.evaluate import evaluate
 from chargpt.run.resume import restore
 from chargpt.run.start import resume
-from chargpt.train import evaluate
 
 RUNS = sorted(path.parent for path in (ROOT / "tests" / "runs").glob("*/*/config.yaml"))
 NEUTRAL = {n: facts.neutral for n, (_, facts) in options().items() if facts.neutral is not REQUIRED}
@@ -68,7 +68,7 @@ def test_it_can_be_sampled_from(run_dir: Path, capsys: pytest.CaptureFixture[str
 
 def test_it_can_be_evaluated(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = tool(capsys, "evaluate", f"run={run_dir}")
-    # On the whole split; the run looked at a part
+    # On the whole split; the run evaluated a part
     assert float(out.split()[1]) == pytest.approx(summary_of(run_dir)["best/val_loss"], abs=0.1)
 
 

@@ -20,7 +20,7 @@ LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)) + 3.0
 
 @functools.cache
 def make(mha_type: AttentionType, *overrides: str) -> GPT:
-    """Weights large enough that the next token depends on the whole context and no two logits nearly tie."""
+    """Weights so large that the next token depends on the whole context, and no two logits tie."""
     config = small_config(f"model.mha_type={mha_type.name}", *overrides)
     build = functools.partial(GPT, config.model, VOCAB, CONTEXT)
     return filled(eqx.filter_eval_shape(build, key=jax.random.key(0)), 0.7)
@@ -53,7 +53,7 @@ def draw(logits: jax.Array, draws: int = 4000, temperature: float = 1.0, **setti
 
 
 def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
-    """Exactly the support, and a chi-square that fair draws exceed once in some ten thousand times."""
+    """Exactly the support, and a chi-square that fair draws exceed once in ten thousand times."""
     probabilities = probabilities / probabilities.sum()
     possible = probabilities > 0
     np.testing.assert_array_equal(counts > 0, possible)
@@ -116,7 +116,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p_and_their_proportions(top_p,
 
 
 def test_top_k_comes_before_top_p():
-    """0.5 of all is 0.625 of the best two: p = 0.6 is reached by one token after top_k = 2, by two without."""
+    """0.5 of all is 0.625 of the best two: after top_k = 2 one token reaches p = 0.6, else two."""
     np.testing.assert_array_equal(draw(LOGITS, top_p=0.6) > 0, [False, True, True, False])
     np.testing.assert_array_equal(draw(LOGITS, top_k=2, top_p=0.6) > 0, [False, False, True, False])
 
@@ -137,45 +137,57 @@ def test_top_k_keeps_exactly_k_of_tokens_that_tie():
 
 
 @eqx.filter_jit
-def next_token(model: GPT, window: jax.Array, length: jax.Array) -> jax.Array:
-    return jnp.argmax(model(window)[length - 1])
+def next_token(
+    model: GPT, window: jax.Array, length: jax.Array, index: jax.Array, temperature: float
+) -> jax.Array:
+    key = jax.random.fold_in(keys_of(1)[0], index)
+    return sample_token(model(window)[length - 1], key, temperature)
 
 
-def greedy_without_cache(
-    model: GPT, prompt: np.ndarray, num_tokens: int, context: int = CONTEXT
+def text_without_cache(
+    model: GPT,
+    prompt: np.ndarray,
+    num_tokens: int,
+    context: int = CONTEXT,
+    temperature: float = 0.0,
 ) -> np.ndarray:
-    """The rule of generate(): a window grows until it is full; then its last half is read again from position 0."""
+    """The rule of generate(): a full window is cut to its last half, read again from position 0."""
     keep = max(1, context // 2)
     window = list(prompt)
     made = []
-    for _ in range(num_tokens):
+    for index in range(num_tokens):
         if len(window) >= context:
             window = window[-keep:]
-        padded = jnp.asarray(
-            window + [0] * (context - len(window)), jnp.int32
-        )  # what follows is not seen: causal
-        made.append(int(next_token(model, padded, len(window))))
+        # What follows the window is not seen: the model is causal
+        padded = jnp.asarray(window + [0] * (context - len(window)), jnp.int32)
+        places = jnp.asarray(len(window)), jnp.asarray(index)
+        made.append(int(next_token(model, padded, *places, temperature)))
         window.append(made[-1])
     return np.array(made)
 
 
-LENGTHS = {"one": 1, "longer": CONTEXT + 5}
-
-
-def test_greedy_text_with_the_cache_equals_greedy_text_without(mha_type):
-    check_greedy(mha_type, CONTEXT - 1)
-
-
-@pytest.mark.parametrize("prompt_len", LENGTHS.values(), ids=LENGTHS.keys())
-def test_greedy_text_equals_whatever_the_length_of_the_prompt(prompt_len):
-    check_greedy(AttentionType.mla, prompt_len)
-
-
-def check_greedy(mha_type, prompt_len):
-    model, prompt, num_tokens = make(mha_type), prompt_of(prompt_len), 3 * CONTEXT + 3
-    expected = greedy_without_cache(model, prompt, num_tokens)
+def check_text(model: GPT, prompt_len: int, temperature: float = 0.0) -> None:
+    """The text with the cache equals the text without."""
+    prompt, num_tokens = prompt_of(prompt_len), 3 * CONTEXT + 3
+    expected = text_without_cache(model, prompt, num_tokens, temperature=temperature)
     assert len(set(expected)) > 2, "a text of one token proves nothing"
-    np.testing.assert_array_equal(text(model, prompt, num_tokens, temperature=0.0)[0], expected)
+    found = text(model, prompt, num_tokens, temperature=temperature)[0]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_text_with_the_cache_equals_text_without(mha_type):
+    """Drawn far from greedily, so that the texts of all models are of many tokens."""
+    check_text(make(mha_type), CONTEXT - 1, temperature=10.0)
+
+
+@pytest.mark.parametrize("kind", ["standard", "gqa", "mqa", "selective", "mla", "equinox"])
+def test_greedy_text_with_the_cache_equals_greedy_text_without(kind):
+    check_text(make(AttentionType[kind]), CONTEXT - 1)
+
+
+@pytest.mark.parametrize("prompt_len", [1, CONTEXT + 5], ids=["one", "longer"])
+def test_greedy_text_equals_whatever_the_length_of_the_prompt(prompt_len):
+    check_text(make(AttentionType.mla), prompt_len)
 
 
 @pytest.mark.parametrize(
@@ -183,15 +195,13 @@ def check_greedy(mha_type, prompt_len):
     [("model.rope=false", "model.learned_positions=true"), ("model.norm_position=post",)],
 )
 def test_greedy_text_with_the_cache_equals_greedy_text_without_in_other_models(overrides):
-    model, prompt = make(AttentionType.standard, *overrides), prompt_of(3)
-    expected = greedy_without_cache(model, prompt, 2 * CONTEXT)
-    np.testing.assert_array_equal(text(model, prompt, 2 * CONTEXT, temperature=0.0)[0], expected)
+    check_text(make(AttentionType.standard, *overrides), 3)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_the_smallest_contexts_slide_too(context):
     model, prompt = make(AttentionType.standard), prompt_of(2)
-    expected = greedy_without_cache(model, prompt, 7, context)
+    expected = text_without_cache(model, prompt, 7, context)
     np.testing.assert_array_equal(
         text(model, prompt, 7, temperature=0.0, max_seq_len=context)[0], expected
     )
@@ -254,7 +264,7 @@ def test_samples_of_a_batch_equal_samples_made_alone(mha_type):
 
 
 def test_text_is_drawn_from_the_models_own_distribution():
-    """The first two tokens jointly: P(a) P(b | a), as the forward pass gives them. A key used twice would show."""
+    """Two tokens jointly: P(a) P(b | a) of the forward pass. A key used twice would show."""
     model, prompt, kept = make(AttentionType.standard, ONE_LAYER), prompt_of(3), 3
     temperature = 5.0
     drawn = text(model, prompt, 2, keys=keys_of(6000), temperature=temperature, top_k=kept)

@@ -19,13 +19,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(run directory, standard output) of one debug run, logged offline."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     arguments = ["experiment=debug", "mode=offline", "model.dropout=0.1"]
-    # It must report that it compiles, whatever another worker has compiled
+    # It must report that it compiles, whatever another worker has cached
     out, err = run(*arguments, f"hydra.run.dir={run_dir}", JAX_ENABLE_COMPILATION_CACHE="false")
     assert err == ""
     return run_dir, out
 
 
-def test_a_run_leaves_the_files_that_the_design_promises(finished: tuple[Path, str]) -> None:
+def test_a_run_leaves_all_its_files_and_numbers(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
     lines = metrics(run_dir)
     assert [line["trainer/step"] for line in lines] == [5, 10, 15, 20]
@@ -64,7 +64,7 @@ def test_what_a_person_reads(finished: tuple[Path, str]) -> None:
     expected += ["28,704", "100.0%", str(run_dir), "compiled the training step in"]
     expected += ["best validation loss", "curves.png", "chargpt sample run=", "wandb sync "]
     assert [text for text in expected if text not in out] == []
-    assert "\x1b" not in out  # plain lines where there is no terminal
+    assert "\x1b" not in out  # not a terminal: plain lines
     assert max(map(len, out.splitlines())) <= 160
 
 
@@ -90,7 +90,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments: str, tmp_path: P
     assert err.startswith("error: ") and err.count("\n") == 1 and "compiled" not in out
 
 
-def test_a_typo_is_answered_before_jax_is_loaded() -> None:
+def test_a_typo_is_reported_before_jax_is_loaded() -> None:
     _, imports = run("model.mha_typ=mla", code=2, PYTHONPROFILEIMPORTTIME="1")
     assert "chargpt.config" in imports and "jaxlib" not in imports
 
@@ -120,7 +120,7 @@ INTERRUPTED += ["optimizer.name=muon", "optimizer.ema_decay=0.98"]
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts: Muon and Adam, an average, epochs, dropout, in bfloat16."""
+    """The uninterrupted run: Muon and Adam, an average, epochs, dropout, in bfloat16."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     run(*INTERRUPTED, f"hydra.run.dir={run_dir}")
     return run_dir
@@ -171,7 +171,7 @@ def test_a_resumed_run_takes_a_longer_num_steps_and_refuses_another_model(
     assert seconds == sorted(seconds)
 
 
-def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_is_used(
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_is_used(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
@@ -192,7 +192,7 @@ def tool(
     return out, err
 
 
-def test_chargpt_sample_writes_the_text_alone_to_standard_output(
+def test_chargpt_sample_writes_only_the_text_to_standard_output(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["sample", f"run={finished[0]}", "prompt=HAMLET:", "num_chars=100", "seed=3"]
@@ -209,7 +209,7 @@ def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(
 ) -> None:
     out, _ = tool(capsys, "evaluate", f"run={finished[0]}")
     config = read_config(finished[0] / "config.yaml")
-    # The run looked at a part of the split; the tool looks at all of it
+    # The run evaluates a part of the split, the tool all of it
     assert differences(config)["trainer.eval_tokens"] == 2048
     best = json.loads((finished[0] / "summary.json").read_text())["best/val_loss"]
     assert abs(float(out.split()[1]) - best) < 0.05
@@ -230,7 +230,7 @@ def test_chargpt_evaluate_repeats_the_run_and_counts_unknown_characters(
         ("sample temperature=-1", "[0, inf)"),
         ("sample top_p=1.5", "(0, 1]"),
         ("sample top_k=0", "must be at least 1"),
-        ("sample num_chars=many", "is no whole number"),
+        ("sample num_chars=many", "is not a whole number"),
         ("sample checkpoint=bset", "did you mean best?"),
         ("sample", "there is none in outputs/ or multirun/"),
     ],

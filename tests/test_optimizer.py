@@ -1,6 +1,7 @@
-"""The learning rate by step, what decays, what is clipped, AdamW and Muon themselves, each against its formula."""
+"""Learning rate, weight decay, clipping, AdamW and Muon, each against its formula."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -10,11 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_config
+from conftest import filled, small_config
 
 from chargpt.config import AttentionType, OptimizerConfig, OptimizerName, Schedule
 from chargpt.model import GPT
-from chargpt.optimizer import decay_mask, make_optimizer, make_schedule
+from chargpt.optimizer import (
+    Hyperparameters,
+    decay_mask,
+    hyperparameters,
+    make_optimizer,
+    make_schedule,
+)
 
 PEAK, FINAL, WARMUP, STEPS = 0.1, 0.02, 10, 110
 CONFIG: OptimizerConfig = dataclasses.replace(
@@ -26,15 +33,27 @@ CONFIG: OptimizerConfig = dataclasses.replace(
 )
 
 
+def numbers(config: OptimizerConfig, num_steps: int = STEPS) -> Hyperparameters:
+    """Those of a run of `num_steps` steps."""
+    trainer = dataclasses.replace(small_config().trainer, num_steps=num_steps)
+    run = dataclasses.replace(small_config(), optimizer=config, trainer=trainer)
+    return hyperparameters(run)
+
+
+def make(config: OptimizerConfig, num_steps: int = STEPS) -> optax.GradientTransformation:
+    return make_optimizer(config, numbers(config, num_steps))
+
+
 def rates(
-    schedule: Schedule, warmup_steps: int = WARMUP, num_steps: int = STEPS, **options: float
+    schedule: Schedule, warmup_steps: int | None = WARMUP, num_steps: int = STEPS, **options: float
 ) -> np.ndarray:
     """The learning rate at steps 0 … num_steps, the end included."""
     config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, **options)
-    return np.asarray(jax.vmap(make_schedule(config, num_steps))(jnp.arange(num_steps + 1)))
+    rate = make_schedule(schedule, numbers(config, num_steps))
+    return np.asarray(jax.vmap(rate)(jnp.arange(num_steps + 1)))
 
 
-close = lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9)  # noqa: E731
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 
 # --- the schedule
 
@@ -86,26 +105,43 @@ def test_a_run_that_is_all_warm_up_rises_throughout(schedule):
     close(values[:8], PEAK * np.arange(1, 9) / 9)
 
 
+def test_by_default_a_run_warms_up_for_a_tenth_of_its_steps():
+    close(rates(Schedule.wsd, warmup_steps=None, num_steps=80), rates(Schedule.wsd, 8, 80))
+    assert float(numbers(dataclasses.replace(CONFIG, warmup_steps=None), 5000).warmup_steps) == 100
+
+
 # --- weight decay
 
-LINEAR = re.compile(r"(_proj|\.head)\.weight$")
-OPTIONS = {
-    AttentionType.standard: ("model.qk_norm=true", "model.learned_positions=true"),
-    AttentionType.mla: ("model.mla.q_lora_rank=4", "model.activation=swiglu"),
-    AttentionType.gqa: ("model.tie_embeddings=true", "model.norm=layernorm"),
+SIX = {  # types of which the names are known here, with options that put every kind of weight in
+    "standard": ("model.qk_norm=true", "model.learned_positions=true"),
+    "gqa": ("model.tie_embeddings=true", "model.norm=layernorm"),
+    "mqa": (),
+    "selective": (),
+    "mla": ("model.mla.q_lora_rank=4", "model.activation=swiglu"),
+    "equinox": (),
 }
+LINEAR = re.compile(r"(_proj|\.head)\.weight$")
 
 
 def make_params(mha_type: AttentionType) -> GPT:
-    """The parameters of a model, with arbitrary numbers in them: nothing is compiled to make them."""
-    config = small_config(f"model.mha_type={mha_type.name}", *OPTIONS.get(mha_type, ())).model
-    shapes = eqx.filter_eval_shape(lambda key: GPT(config, 7, 8, key=key), jax.random.key(0))
-    random = np.random.default_rng(0)
-    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
-    numbers = lambda leaf: (
-        jnp.asarray(random.normal(size=leaf.shape), leaf.dtype) if is_shape(leaf) else leaf
-    )  # noqa: E731
-    return eqx.filter(jax.tree.map(numbers, shapes), eqx.is_inexact_array)
+    """The parameters of a model, with arbitrary numbers in them: no initialiser is compiled."""
+    options = SIX.get(mha_type.name, ())
+    config = small_config(f"model.mha_type={mha_type.name}", *options).model
+    build = functools.partial(GPT, config, 7, 8)
+    model = filled(eqx.filter_eval_shape(build, key=jax.random.key(0)), 1.0)
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def linear_weights(params: GPT) -> dict[str, eqx.nn.Linear]:
+    """Every linear layer by the path of its weight."""
+    nodes = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: isinstance(node, eqx.nn.Linear)
+    )
+    return {
+        jax.tree_util.keystr(path) + ".weight": node
+        for path, node in nodes
+        if isinstance(node, eqx.nn.Linear)
+    }
 
 
 def by_name(tree) -> dict:
@@ -116,12 +152,19 @@ def by_name(tree) -> dict:
 
 def test_exactly_the_weights_of_linear_layers_decay(mha_type):
     params = make_params(mha_type)
-    mask = by_name(decay_mask(params))
-    assert mask == {name: LINEAR.search(name) is not None for name in by_name(params)}
+    mask, linear = by_name(decay_mask(params)), linear_weights(params)
+    assert mask == {name: name in linear for name in by_name(params)}
     assert jax.tree.structure(decay_mask(params)) == jax.tree.structure(params)
-    spared = {name for name, decays in mask.items() if not decays}
-    assert all("norm" in name or "embedding" in name for name in spared)
+    assert ".blocks.feed_forward.up_proj.weight" in linear
     assert all(leaf.ndim >= 2 for name, leaf in by_name(params).items() if mask[name])
+
+
+@pytest.mark.parametrize("kind", SIX)
+def test_projections_and_head_decay_norms_and_embeddings_do_not(kind):
+    mask = by_name(decay_mask(make_params(AttentionType[kind])))
+    assert mask == {name: LINEAR.search(name) is not None for name in mask}
+    spared = {name for name, decays in mask.items() if not decays}
+    assert spared and all("norm" in name or "embedding" in name for name in spared)
 
 
 def test_without_gradient_linear_weights_shrink_and_nothing_else_moves(mha_type):
@@ -129,7 +172,7 @@ def test_without_gradient_linear_weights_shrink_and_nothing_else_moves(mha_type)
     config = dataclasses.replace(
         CONFIG, weight_decay=0.5, schedule=Schedule.constant, warmup_steps=0
     )
-    optimizer = make_optimizer(config, STEPS)
+    optimizer = make(config)
 
     @jax.jit
     def update(params):
@@ -140,7 +183,7 @@ def test_without_gradient_linear_weights_shrink_and_nothing_else_moves(mha_type)
 
     before, after = by_name(params), by_name(update(params))
     for name in before:
-        if LINEAR.search(name):
+        if name in linear_weights(params):
             np.testing.assert_allclose(after[name], (1 - PEAK * 0.5) * before[name], rtol=1e-6)
         else:
             np.testing.assert_array_equal(after[name], before[name])
@@ -152,9 +195,9 @@ PARAMS = eqx.nn.Linear(3, 2, use_bias=False, key=jax.random.key(1))
 
 
 def first_moment(norm: float, grad_clip: float | None) -> jax.Array:
-    """Adam's first moment after one gradient of global norm `norm`, with beta1 divided out: the gradient that reached it."""
+    """What reached Adam of a gradient of global norm `norm`: its first moment / (1 - beta1)."""
     grads = jax.tree.map(lambda leaf: norm * leaf / optax.tree.norm(PARAMS), PARAMS)
-    optimizer = make_optimizer(dataclasses.replace(CONFIG, grad_clip=grad_clip), STEPS)
+    optimizer = make(dataclasses.replace(CONFIG, grad_clip=grad_clip))
     _, state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
     return optax.tree_utils.tree_get(state, "mu").weight / (1 - CONFIG.beta1)
 
@@ -180,7 +223,7 @@ def test_updates_are_those_of_adamw(weight_decay):
         eps=1e-3,
         schedule=Schedule.cosine,
     )
-    optimizer = make_optimizer(config, STEPS)
+    optimizer = make(config)
     params, state = PARAMS, optimizer.init(PARAMS)
     weight, mean, square = np.asarray(PARAMS.weight, np.float64), 0.0, 0.0
     for step in range(4):
@@ -210,11 +253,10 @@ MUON = dataclasses.replace(
     schedule=Schedule.constant,
     warmup_steps=0,
 )
-HIDDEN = re.compile(r"^\.blocks\..*_proj\.weight$")
 
 
 def orthogonalised(matrix: np.ndarray, steps: int = 5) -> np.ndarray:
-    """The Newton-Schulz iteration of Muon, one matrix, as it is written down, times 0.2 sqrt(max(in, out))."""
+    """Muon's Newton-Schulz iteration of one matrix, times 0.2 sqrt(max(in, out))."""
     x = matrix / (np.linalg.norm(matrix) + CONFIG.eps)
     for _ in range(steps):
         x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
@@ -225,16 +267,20 @@ def orthogonalised(matrix: np.ndarray, steps: int = 5) -> np.ndarray:
     ("out", "into", "steps"), [(3, 6, 5), (6, 3, 5), (4, 4, 2)], ids=["wide", "tall", "square"]
 )
 def test_muon_orthogonalises_the_momentum_of_every_layer_by_itself(out, into, steps):
-    """Nesterov's momentum, each part with its own bias correction; one layer's gradients are a thousand times another's."""
+    """Nesterov's momentum, each part with its own bias correction.
+
+    The gradients of one layer are a thousand times those of another.
+    """
     config = dataclasses.replace(MUON, newton_schulz_steps=steps, adam_learning_rate=123.0)
     weight = np.random.default_rng(9).normal(size=(3, out, into))
     linear = eqx.filter_eval_shape(
         lambda key: eqx.nn.Linear(into, out, use_bias=False, key=key), jax.random.key(0)
     )
-    stacked = lambda numbers: eqx.tree_at(
-        lambda node: node.weight, linear, jnp.asarray(numbers, jnp.float32)
-    )  # noqa: E731
-    optimizer, params = make_optimizer(config, STEPS), stacked(weight)
+
+    def stacked(numbers):
+        return eqx.tree_at(lambda node: node.weight, linear, jnp.asarray(numbers, jnp.float32))
+
+    optimizer, params = make(config), stacked(weight)
     update, state, mean = jax.jit(optimizer.update), optimizer.init(params), 0.0
     for step in range(3):
         gradient = (
@@ -251,48 +297,44 @@ def test_muon_orthogonalises_the_momentum_of_every_layer_by_itself(out, into, st
             updates.weight, -PEAK * (directions + 0.5 * weight), rtol=1e-3, atol=1e-5
         )
         weight = weight - PEAK * (directions + 0.5 * weight)
+        # Which way round the matrix lies does not matter
         across = np.stack([orthogonalised(matrix.T, steps).T for matrix in momentum])
-        np.testing.assert_allclose(
-            across, directions, rtol=1e-9, atol=1e-12
-        )  # orientation does not matter
+        np.testing.assert_allclose(across, directions, rtol=1e-9, atol=1e-12)
 
 
-def matrices_in(
-    name: str, out: int, into: int, mha_type: AttentionType
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows and columns of each matrix that a projection is fused of."""
-    rows, columns = np.arange(out), np.arange(into)
-    projection = name.removesuffix(".weight").rpartition(".")[2]
-    if mha_type is AttentionType.selective and projection in ("k_proj", "v_proj"):
-        return [(rows, columns[: into // 2]), (rows, columns[into // 2 :])]
-    if projection == "kv_a_proj":  # the latent, 8 wide, and the rotary key
-        return [(rows[:8], columns), (rows[8:], columns)]
-    if projection == "kv_b_proj":  # in every head 4 rows of keys and 8 of values
-        return [(rows[rows % 12 < 4], columns), (rows[rows % 12 >= 4], columns)]
-    return [(rows, columns)]
+def fused(params: GPT) -> dict[str, list[np.ndarray]]:
+    """Where the numbers of every matrix lie in the projections that are several in one, by path.
+
+    The attention type says it; tests/test_attention.py checks it against the formulas.
+    """
+    attention, found = params.stacked.attention, {}
+    for path, split in attention.fused_projections().items():
+        shape = functools.reduce(getattr, path.split("."), attention).weight.shape[1:]
+        numbers = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+        name = f".blocks.attention.{path}.weight"
+        found[name] = [np.asarray(part, int) for part in split(numbers)]
+    return found
 
 
 def test_muon_moves_and_shrinks_the_matrices_of_the_blocks_and_adam_moves_everything_else(mha_type):
-    """Every number that Adam has goes as far at the first step, whatever its gradient, and does not decay."""
+    """Adam's numbers move equally far at first, whatever the gradient, and do not decay."""
     params = make_params(mha_type)
     grads = jax.tree.map(lambda leaf: leaf[::-1] + 0.1, params)
-    optimizer = make_optimizer(dataclasses.replace(MUON, adam_learning_rate=0.01), STEPS)
+    optimizer = make(dataclasses.replace(MUON, adam_learning_rate=0.01))
     updates = jax.jit(
         lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0]
     )(grads, params)
     weights, gradients, moves = by_name(params), by_name(grads), by_name(updates)
-    hidden = {name for name in moves if HIDDEN.search(name)}
-    assert (
-        hidden == {name for name in moves if LINEAR.search(name)} - {".head.weight"}
-        and len(hidden) >= 5
-    )
+    hidden, parts = linear_weights(params).keys() - {".head.weight"}, fused(params)
+    assert {f".blocks.feed_forward.{name}_proj.weight" for name in ("up", "down")} < hidden
     for name, move in moves.items():
         gradient = np.asarray(gradients[name], np.float64)
         if name in hidden:
+            whole = np.arange(gradient[0].size).reshape(gradient[0].shape)
             directions = np.zeros_like(gradient)
-            for rows, columns in matrices_in(name, *gradient.shape[1:], mha_type):
-                part = np.ix_(range(len(gradient)), rows, columns)
-                directions[part] = np.stack([orthogonalised(matrix) for matrix in gradient[part]])
+            for layer, matrix in enumerate(gradient):
+                for part in parts.get(name, [whole]):
+                    directions[layer].flat[part] = orthogonalised(matrix.flat[part])
             np.testing.assert_allclose(move, -PEAK * (directions + 0.5 * weights[name]), atol=1e-4)
         else:
             nesterov = 1 + 0.9 / (1 + 0.9)  # optax's Muon gives its Adam Nesterov's momentum too
@@ -305,14 +347,10 @@ def test_adam_beside_muon_follows_the_same_schedule_from_its_own_peak(adam_learn
     config = dataclasses.replace(
         MUON, adam_learning_rate=adam_learning_rate, schedule=Schedule.wsd, warmup_steps=1
     )
-    optimizer = make_optimizer(dataclasses.replace(config, beta1=0.0, beta2=0.0), 4)
+    optimizer = make(dataclasses.replace(config, beta1=0.0, beta2=0.0), 4)
     state, found = optimizer.init(PARAMS), []
     for _ in range(4):
         updates, state = optimizer.update(PARAMS, state, PARAMS)
         found.append(float(np.abs(updates.weight).mean()))
-    close(
-        found,
-        (adam_learning_rate or PEAK)
-        / PEAK
-        * np.asarray(jax.vmap(make_schedule(config, 4))(jnp.arange(4))),
-    )
+    expected = jax.vmap(make_schedule(config.schedule, numbers(config, 4)))(jnp.arange(4))
+    close(found, (adam_learning_rate or PEAK) / PEAK * np.asarray(expected))

@@ -1,31 +1,103 @@
 """What holds of the repository as a whole."""
 
+import ast
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, layer_of
 
 import chargpt
+from chargpt.config import AttentionType
 
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PACKAGE = ROOT / "src" / "chargpt"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text()
 
 
+def module_of(path: Path) -> str:
+    """A source file as a module of the package: run.cache, attention.__init__."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def modules_named(name: str) -> set[str]:
+    """The part of an import that is a module of ours: "run.cache" of chargpt.run.cache.reads."""
+    parts = name.split(".")
+    if parts[0] != "chargpt":
+        return set()
+    for end in range(len(parts), 1, -1):
+        place = PACKAGE.joinpath(*parts[1:end])
+        if place.is_dir() or place.with_suffix(".py").is_file():
+            return {".".join(parts[1:end])}
+    return {"__init__"}  # the functions for people who write Python
+
+
+def names_in(path: Path) -> set[str]:
+    """Dotted names that a file imports or reaches through attributes, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import():
+                found |= {alias.name for alias in node.names}
+            case ast.ImportFrom():
+                assert node.level == 0, f"{path}: imports are absolute here"
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            case ast.Attribute():
+                found.add(ast.unparse(node))
+    return found
+
+
+FLOORS = {"run": 1, "study": 2, "cli": 3, "__main__": 4, "__init__": 4}  # of all others: 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_go_one_way_from_the_root_up_to_the_command_line(path: Path) -> None:
+    """The science knows nothing of runs, a run nothing of studies, nothing of them the programs."""
+    own = FLOORS.get(module_of(path).partition(".")[0], 0)
+    for name in names_in(path):
+        for module in modules_named(name):
+            floor = FLOORS.get(module.partition(".")[0], 0)
+            assert floor <= own, f"{module_of(path)} imports chargpt.{module}"
+
+
+COMPOSITION = re.compile(
+    r"hydra\.(compose|initialize|_internal\.core_plugins\.basic_sweeper|core\.override_parser)"
+)
+
+
+def test_hydras_composition_is_called_in_one_file() -> None:
+    calling = {module_of(path) for path in SOURCES if any(map(COMPOSITION.match, names_in(path)))}
+    assert calling == {"compose"}
+
+
+def test_no_file_outside_attention_names_an_attention_type() -> None:
+    """But for the enum itself, and llama.py, which knows what Llama's attention is here."""
+    classes = {type(layer_of(kind)).__name__ for kind in AttentionType}
+    members = {f"AttentionType.{kind.name}" for kind in AttentionType}
+    for path in SOURCES:
+        if module_of(path).startswith("attention.") or module_of(path) in ("config", "llama"):
+            continue
+        for name in names_in(path):
+            assert name.rpartition(".")[2] not in classes, f"{module_of(path)}: {name}"
+            assert not any(name.endswith(member) for member in members), (
+                f"{module_of(path)}: {name}"
+            )
+
+
 def test_every_module_that_handles_arrays_is_shape_checked() -> None:
-    annotated = {
-        path.relative_to(ROOT / "src" / "chargpt").parts[0].removesuffix(".py")
-        for path in SOURCES
-        if re.search(
-            r"^from jaxtyping import (?!install_import_hook)", path.read_text(), re.MULTILINE
-        )
-    }
-    assert annotated == set(chargpt.CHECKED)
+    annotation = re.compile(r"^from jaxtyping import (?!install_import_hook)", re.MULTILINE)
+    annotated = {module_of(path) for path in SOURCES if annotation.search(path.read_text())}
+    packages = {name for name in chargpt.CHECKED if (PACKAGE / name).is_dir()}
+    inside = {name for name in annotated if name.partition(".")[0] in packages}
+    assert {name.partition(".")[0] for name in inside} == packages
+    assert annotated - inside == set(chargpt.CHECKED) - packages
 
 
 def test_nothing_that_was_loaded_is_ever_executed() -> None:
-    forbidden = r"pickle\.|torch\.load|(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(|allow_pickle=True|shell=True|instantiate\("
+    calls = r"pickle\.|torch\.load|(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(|instantiate\("
+    forbidden = rf"{calls}|allow_pickle=True|shell=True"
     assert [path.name for path in SOURCES if re.search(forbidden, path.read_text())] == []
 
 
@@ -38,10 +110,13 @@ def test_wandb_is_imported_in_one_file() -> None:
     assert importing == ["tracking.py"]
 
 
-def test_the_readme_names_every_source_file() -> None:
-    for path in SOURCES:
-        name = str(path.relative_to(ROOT / "src" / "chargpt"))
-        assert name in README or name == "__init__.py", name
+def test_the_readme_names_every_module() -> None:
+    """But for a reader's own attention type, which is found by its enum."""
+    named = set(re.findall(r"\w+\.py\b", README))
+    types = {type(layer_of(kind)).__module__ for kind in AttentionType}
+    own = {f"{module.rpartition('.')[2]}.py" for module in types}
+    assert {path.name for path in SOURCES} - {"__init__.py"} - own <= named
+    assert {"grouped.py", "selective.py", "latent.py", "reference.py"} <= named
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-cuda.lock"])

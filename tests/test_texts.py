@@ -59,7 +59,7 @@ def test_impossible_paths_are_refused(path):
     assert refusal(path).startswith("dataset.filepath=")
 
 
-def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, TEXT)
     assert from_file("~/text.txt") == TEXT
@@ -151,10 +151,10 @@ FAULTS: dict[str, Answer] = {
     "not found": lambda handler: handler.send_error(404),
     "other text": lambda handler: send_text(handler, b"<html>Please log in</html>"),
     "nothing": lambda handler: send_text(handler, b""),
-    "broken off": lambda handler: send_text(handler, TEXT.encode()[:50], len(TEXT)),
-    "broken off in a chunk": send_half_a_chunk,
+    "cut off": lambda handler: send_text(handler, TEXT.encode()[:50], len(TEXT)),
+    "cut off in a chunk": send_half_a_chunk,
     "no answer": lambda handler: None,
-    "no HTTP": lambda handler: handler.wfile.write(b"220 mail.example ESMTP\r\n\r\n"),
+    "not HTTP": lambda handler: handler.wfile.write(b"220 mail.example ESMTP\r\n\r\n"),
     "odd length": lambda handler: handler.wfile.write(
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nTo be"
     ),
@@ -189,7 +189,7 @@ DIGEST = hashlib.sha256(TEXT.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("answer", [send_text, send_without_length])
-def test_a_text_is_fetched_once_and_read_from_the_cache_after_that(serve, tmp_path, answer):
+def test_a_text_is_fetched_once_and_then_read_from_the_cache(serve, tmp_path, answer):
     server, path = serve(answer), tmp_path / "cache" / "chargpt" / "input.txt"
     for _ in range(2):
         assert download(server.url, DIGEST, path) == TEXT.encode()
@@ -198,7 +198,7 @@ def test_a_text_is_fetched_once_and_read_from_the_cache_after_that(serve, tmp_pa
     assert path.read_bytes() == TEXT.encode()
 
 
-def test_a_download_appears_whole_or_not_at_all(serve, tmp_path, monkeypatch):
+def test_a_download_appears_complete_or_not_at_all(serve, tmp_path, monkeypatch):
     path, moves = tmp_path / "input.txt", []
 
     def move(source: str, target: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_damaged_cache_stays_if_the_download_fails(serve, tmp_path):
     assert path.read_bytes() == b"half"
 
 
-def test_a_text_that_never_ends_is_abandoned(serve, tmp_path, monkeypatch):
+def test_an_endless_download_is_abandoned(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "MAX_BYTES", 1000)
     endless = serve(functools.partial(send_text, text=b"x" * 200_000))
     with time_limit(10), pytest.raises(ConfigError, match="more than 1,000 bytes"):
@@ -259,7 +259,7 @@ def test_a_text_that_never_ends_is_abandoned(serve, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_folder_that_cannot_be_made_is_one_line(serve, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_one_line(serve, tmp_path):
     blocked = write(tmp_path, b"a file, not a folder")
     with pytest.raises(ConfigError) as error:
         download(serve(send_text).url, DIGEST, blocked / "chargpt" / "input.txt")

@@ -1,21 +1,26 @@
 """The training step, and what a run of steps promises: the same numbers, however they are cut."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_config
+from conftest import filled, small_config
 
-from chargpt.config import AttentionType, Config, Precision
+from chargpt.attention import AbstractAttention, GroupedQueryAttention
+from chargpt.config import AttentionType, Config, Precision, options
 from chargpt.corpus import epoch_batch, make_windows
-from chargpt.run.evaluate import evaluate
+from chargpt.optimizer import Hyperparameters
+from chargpt.run.evaluate import attention_entropy, evaluate
 from chargpt.train import (
     Stream,
     TrainState,
     cross_entropy,
     draw_batch,
+    gradient_norms,
     init_state,
     loss_fn,
     make_inputs,
@@ -128,35 +133,48 @@ def test_with_epochs_the_batch_of_a_step_follows_from_seed_and_step_alone() -> N
     np.testing.assert_allclose(metrics.loss[0], expected, rtol=1e-6)
 
 
+TRACED = {  # every option that is an input of the compiled step, with two values of it
+    "seed": (0, 1),
+    "trainer.num_steps": (1600, 50),
+    "optimizer.learning_rate": (3e-3, 1e-2),
+    "optimizer.adam_learning_rate": (1e-2, 2e-2),
+    "optimizer.weight_decay": (0.1, 0.2),
+    "optimizer.warmup_steps": ("null", 7),
+    "optimizer.decay_fraction": (0.2, 0.5),
+    "optimizer.final_lr_fraction": (0.1, 0.3),
+}
+
+
+def test_the_inputs_of_a_step_are_the_options_that_say_so() -> None:
+    assert TRACED.keys() == {name for name, (_, facts) in options().items() if facts.traced}
+    numbers = {field.name for field in dataclasses.fields(Hyperparameters)}
+    assert numbers == {name.rpartition(".")[2] for name in TRACED} - {"seed"}
+
+
+def program(*overrides: str) -> str:
+    """What is compiled to initialise a model and to train it for two steps."""
+    config = small_config("model.num_layers=1", "dataset.sampling=epochs", *overrides)
+    inputs = make_inputs(TOKENS, config)
+    make = eqx.filter_jit(lambda seed: init_state(config, VOCABULARY, seed))
+    state = filled(eqx.filter_eval_shape(make, inputs.seed), 1.0)
+    steps = eqx.filter_jit(lambda state, inputs: train_steps(state, inputs, config, 2))
+    return make.lower(inputs.seed).as_text() + steps.lower(state, inputs).as_text()
+
+
 def test_what_is_compiled_serves_every_seed_and_all_that_searches_vary(
     mha_type: AttentionType,
 ) -> None:
-    """The jobs of a sweep that differ in these numbers compile once: they are inputs, and nothing else knows them."""
-    one = [
-        "seed=1",
-        "trainer.num_steps=50",
-        "optimizer.learning_rate=1e-2",
-        "optimizer.weight_decay=0.2",
-    ]
-    one += ["optimizer.warmup_steps=7", "optimizer.final_lr_fraction=0.3"]
-    texts = []
-    for numbers in ([], one):
-        config = small_config(
-            f"model.mha_type={mha_type.name}",
-            "model.num_layers=1",
-            "dataset.sampling=epochs",
-            *numbers,
-        )
-        inputs = make_inputs(TOKENS, config)
-        make = eqx.filter_jit(lambda seed, c=config: init_state(c, VOCABULARY, seed))
-        state = eqx.filter_eval_shape(make, inputs.seed)
-        state = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf,
-            state,
-        )
-        steps = eqx.filter_jit(lambda state, inputs, c=config: train_steps(state, inputs, c, 2))
-        texts.append(make.lower(inputs.seed).as_text() + steps.lower(state, inputs).as_text())
-    assert texts[0] == texts[1]
+    """Jobs of a sweep that differ in these numbers compile once: they are known as inputs only."""
+    varied = [name for name in TRACED if name != "optimizer.adam_learning_rate"]
+    one, two = ([f"{name}={TRACED[name][i]}" for name in varied] for i in range(2))
+    kind = f"model.mha_type={mha_type.name}"
+    assert program(kind, *one) == program(kind, *two)
+
+
+def test_so_does_what_is_compiled_for_muon() -> None:
+    one, two = ([f"{name}={values[i]}" for name, values in TRACED.items()] for i in range(2))
+    muon = ["optimizer.name=muon", "optimizer.schedule=wsd"]
+    assert program(*muon, *one) == program(*muon, *two)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
@@ -168,7 +186,10 @@ def test_a_seed_gives_the_same_key_as_a_number_and_as_an_input(seed: int) -> Non
 
 
 def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_steps() -> None:
-    """ema_n+1 = d ema_n + (1 - d) weights_n+1 with d = min(ema_decay, (1 + n) / (10 + n)), n counting steps not skipped."""
+    """ema_n+1 = d ema_n + (1 - d) weights_n+1 with d = min(ema_decay, (1 + n) / (10 + n)).
+
+    n counts the steps that were not skipped.
+    """
     config = one_layer(
         "optimizer.ema_decay=0.2", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1"
     )
@@ -204,7 +225,7 @@ def test_the_average_of_the_weights_equals_its_formula_and_passes_over_skipped_s
 
 
 def test_muon_from_zeros_over_epochs_learns_a_repeating_text() -> None:
-    """The options of a fast run, together; the buffers of the state are given to the step, as the run does."""
+    """The options of a fast run together; the step is given the buffers of the state, as there."""
     config = small_config(
         "model.zero_init=true",
         "model.logit_softcap=15",
@@ -268,7 +289,7 @@ def test_evaluation_is_the_mean_over_every_character_whatever_the_batch(batch_si
 
 
 def test_the_compiled_step_has_no_scatter_and_no_conditional(mha_type: AttentionType) -> None:
-    """A scatter-add over 65 rows is what makes a small vocabulary slow on a GPU; a conditional stops its pipeline."""
+    """On a GPU a scatter-add over 65 rows is slow, and a conditional stops the pipeline."""
     config = one_layer(f"model.mha_type={mha_type.name}", "model.dropout=0.1")
     text = compiled(config, 2).lower(start(config), TOKENS).as_text()
     assert "stablehlo.scatter" not in text and "stablehlo.case" not in text
@@ -289,3 +310,31 @@ def test_in_bfloat16_every_matrix_product_of_the_step_has_bfloat16_operands(
         if "stablehlo.dot_general" in line
     ]
     assert products and all("xf32>, tensor" not in line.split(" : ")[-1] for line in products)
+
+
+def test_attention_without_weights_has_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = start(one_layer()).model, TOKENS[:32].reshape(2, 16)
+    assert attention_entropy(model, inputs).shape == (1, 4)
+    plain = AbstractAttention.attention_weights
+    monkeypatch.setattr(GroupedQueryAttention, "attention_weights", plain)
+    assert attention_entropy(model, inputs) is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.tie_embeddings=true", "model.learned_positions=true", "model.norm_position=post"]],
+)
+def test_the_parts_of_the_gradient_are_all_of_it(
+    mha_type: AttentionType, overrides: list[str]
+) -> None:
+    config = small_config(f"model.mha_type={mha_type.name}", *overrides)
+    model = filled(eqx.filter_eval_shape(init_state, config, VOCABULARY, 0).model, 0.2)
+    grads = eqx.filter(model, eqx.is_inexact_array)
+    norms = gradient_norms(grads)
+    layers = [f"{part}_{layer}" for part in ("attention", "feed_forward") for layer in (0, 1)]
+    assert list(norms) == ["embedding", *layers] + ([] if overrides else ["head"])
+    total = np.sqrt(sum(float(norm) ** 2 for norm in norms.values()))
+    np.testing.assert_allclose(total, optax.tree.norm(grads), rtol=1e-5)
+    attention = grads.stacked.attention, grads.stacked.attention_norm
+    second = [leaf[1] for leaf in jax.tree.leaves(attention)]
+    np.testing.assert_allclose(norms["attention_1"], optax.tree.norm(second), rtol=1e-5)

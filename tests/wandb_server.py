@@ -1,7 +1,7 @@
-"""A stand-in for the W&B backend on loopback: enough GraphQL, file_stream and file upload for one online run.
+"""A stand-in for the W&B backend on loopback: as much of its protocol as one online run needs.
 
-PyPI's wandb has no fake server, and the real one needs an account. This one answers wandb 0.31's client and keeps what
-arrives, so that a test can say what a run sent.
+The wandb package has no fake server, and the real one needs an account. This one answers the client
+of wandb 0.31 (GraphQL, file_stream, uploads) and keeps what arrives for tests to examine.
 """
 
 import base64
@@ -17,20 +17,18 @@ ENTITY = "tester"
 
 
 class FakeServer:
-    """Use as a context manager. `runs`, `history` and `files` grow as a client sends them, by run id."""
+    """A context manager; `runs`, `streams` and `files` grow as a client sends them."""
 
     def __init__(self) -> None:
-        self.runs: dict[
-            str, dict[str, Any]
-        ] = {}  # run id -> the variables of UpsertBucket, later ones over earlier
-        self.streams: dict[
-            str, dict[str, dict[int, str]]
-        ] = {}  # run id -> file name -> line number -> line
+        # By run id: the variables of UpsertBucket, later ones replacing earlier ones.
+        self.runs: dict[str, dict[str, Any]] = {}
+        # By run id, file name and line number: the lines.
+        self.streams: dict[str, dict[str, dict[int, str]]] = {}
         self.exit_codes: dict[str, int] = {}
-        self.files: dict[str, bytes] = {}  # "run id/name" or "artifact/name" -> what was uploaded
-        self.operations: list[str] = []  # GraphQL operations, in order of arrival
-        self.stalled = threading.Event()  # set: connections are taken, and never answered
-        self.refusing = threading.Event()  # set: no run may be written to
+        self.files: dict[str, bytes] = {}  # uploads, by "run id/name" or "artifact/name"
+        self.operations: list[str] = []  # of GraphQL, in order of arrival
+        self.stalled = threading.Event()  # set: connections are accepted and never answered
+        self.refusing = threading.Event()  # set: no run may be written
         self.closed = threading.Event()
         handler = type("BoundHandler", (Handler,), {"backend": self})
         self._http = Listener(("127.0.0.1", 0), handler)
@@ -47,7 +45,7 @@ class FakeServer:
         self.close()
 
     def close(self) -> None:
-        """Stop listening: from now on a connection is refused. Answers that are under way are dropped."""
+        """Stop listening: connections are refused from now on, and pending answers are dropped."""
         if not self.closed.is_set():
             self.closed.set()
             self._http.shutdown()
@@ -79,14 +77,8 @@ class FakeServer:
         self.operations.append(name)
         match name:
             case "Viewer":
-                viewer = {
-                    "id": "user",
-                    "entity": ENTITY,
-                    "username": ENTITY,
-                    "email": None,
-                    "flags": "{}",
-                }
-                return {"viewer": viewer | {"teams": {"edges": []}}}
+                viewer = {"id": "user", "entity": ENTITY, "username": ENTITY, "email": None}
+                return {"viewer": viewer | {"flags": "{}", "teams": {"edges": []}}}
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
             case "RunResumeStatus":
@@ -96,63 +88,44 @@ class FakeServer:
             case "UpsertBucket":
                 return {"upsertBucket": self._upsert(variables)}
             case "CreateRunFiles":
-                run_id = variables["run"]
-                files = [
-                    {"name": n, "uploadUrl": f"{self.url}/upload/{run_id}/{n}"}
-                    for n in variables["files"]
-                ]
+                run_id, names = variables["run"], variables["files"]
+                url = f"{self.url}/upload/{run_id}"
+                files = [{"name": name, "uploadUrl": f"{url}/{name}"} for name in names]
                 return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
             case "MarkRunFilesUploaded":
                 return {"markRunFilesUploaded": {"success": True}}
-            case "ArtifactType":  # what type an artifact of this name has already: none
+            case "ArtifactType":  # of an artifact of this name: there is none yet
                 return {"project": {"artifact": None}}
             case "CreateArtifact":
                 artifact = {"id": variables["input"]["artifactCollectionName"], "state": "PENDING"}
-                return {
-                    "createArtifact": {
-                        "artifact": artifact | {"artifactSequence": {"latestArtifact": None}}
-                    }
-                }
+                artifact |= {"artifactSequence": {"latestArtifact": None}}
+                return {"createArtifact": {"artifact": artifact}}
             case "CreateArtifactManifest":
-                return {
-                    "createArtifactManifest": {
-                        "artifactManifest": self._manifest(variables["artifactID"])
-                    }
-                }
+                manifest = self._manifest(variables["artifactID"])
+                return {"createArtifactManifest": {"artifactManifest": manifest}}
             case "UpdateArtifactManifest":
-                return {
-                    "updateArtifactManifest": {
-                        "artifactManifest": self._manifest(variables["artifactManifestID"])
-                    }
-                }
+                manifest = self._manifest(variables["artifactManifestID"])
+                return {"updateArtifactManifest": {"artifactManifest": manifest}}
             case "CreateArtifactFiles":
-                files = [self._artifact_file(spec) for spec in variables["input"]["artifactFiles"]]
-                return {
-                    "createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}
-                }
+                specs = variables["input"]["artifactFiles"]
+                edges = [{"node": self._artifact_file(spec)} for spec in specs]
+                return {"createArtifactFiles": {"files": {"edges": edges}}}
             case "CommitArtifact":
-                return {
-                    "commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}
-                }
+                artifact = {"id": variables["artifactID"], "digest": ""}
+                return {"commitArtifact": {"artifact": artifact}}
             case _:
                 raise LookupError(f"{name or query}: not an operation of this stand-in")
 
     def _manifest(self, artifact: str) -> dict[str, Any]:
-        file = {
-            "id": "file",
-            "uploadUrl": f"{self.url}/upload/{artifact}/manifest.json",
-            "uploadHeaders": [],
-        }
+        url = f"{self.url}/upload/{artifact}/manifest.json"
+        file = {"id": "file", "uploadUrl": url, "uploadHeaders": []}
         return {"id": artifact, "file": file}
 
     def _artifact_file(self, spec: dict[str, Any]) -> dict[str, Any]:
         path = f"{spec['artifactID']}/{spec['name']}"
-        upload = {
-            "uploadUrl": f"{self.url}/upload/{path}",
-            "uploadHeaders": [],
-            "uploadMultipartUrls": None,
-        }
-        return {"storagePath": path, "artifact": {"id": spec["artifactID"]}} | upload
+        upload = {"uploadUrl": f"{self.url}/upload/{path}", "uploadHeaders": []}
+        file = {"storagePath": path, "artifact": {"id": spec["artifactID"]}}
+        return file | upload | {"uploadMultipartUrls": None}
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         run_id = variables["name"]
@@ -176,12 +149,8 @@ class FakeServer:
         }
 
     def _resume_status(self, run_id: str) -> dict[str, Any]:
-        model = {
-            "id": "project",
-            "name": "project",
-            "entity": {"id": "entity", "name": ENTITY},
-            "bucket": None,
-        }
+        entity = {"id": "entity", "name": ENTITY}
+        model = {"id": "project", "name": "project", "entity": entity, "bucket": None}
         if run_id in self.runs:
             history = self.history(run_id)
             model["bucket"] = self._bucket(run_id) | {
@@ -193,7 +162,7 @@ class FakeServer:
                 "eventsTail": "[]",
                 "tags": [],
                 "notes": None,
-                "wandbConfig": '{"t": 1}',  # a run without "t" counts as never started
+                "wandbConfig": '{"t": 1}',  # without "t" a run counts as never started
             }
         return model
 
@@ -211,7 +180,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that went away."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -229,9 +198,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/graphql":
             sent = json.loads(body)
             try:
-                self._answer(
-                    {"data": self.backend.graphql(sent["query"], sent.get("variables") or {})}
-                )
+                data = self.backend.graphql(sent["query"], sent.get("variables") or {})
+                self._answer({"data": data})
             except LookupError as error:
                 self._answer({"data": None, "errors": [{"message": str(error)}]})
         else:
@@ -254,10 +222,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, content: dict[str, Any], status: int = 200) -> None:
         while self.backend.stalled.is_set() and not self.backend.closed.is_set():
             time.sleep(0.05)
-        if (
-            self.backend.closed.is_set()
-        ):  # a kept-alive connection must not outlive the listening socket
-            self.close_connection = True
+        if self.backend.closed.is_set():
+            self.close_connection = True  # one that is kept alive outlives the listening socket
             return
         body = json.dumps(content).encode()
         self.send_response(status)
@@ -267,4 +233,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""

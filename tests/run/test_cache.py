@@ -1,4 +1,4 @@
-"""Compiled executables are kept: where, for whom, how many, and what happens if one is damaged."""
+"""The cache of executables: where it is, who may write to it, its size, and damage to a file."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ first = product(), cache.reads
 kept = entries()
 second = product(), cache.reads
 for path in paths():
-    path.write_bytes(path.read_bytes()[:100])  # as a process that is killed may leave it
+    path.write_bytes(path.read_bytes()[:100])  # as a killed process may leave it
 third = product(), cache.reads
 fourth = product(), cache.reads
 assert first[0] == second[0] == third[0] == fourth[0] == 64**3
@@ -55,12 +55,12 @@ def test_executables_are_read_the_next_time_and_damaged_ones_are_compiled_again(
     (folder,) = (tmp_path / "chargpt").iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     (said,) = done.stdout.splitlines()
-    assert said == f"what was kept of jit__lambda in {folder} is damaged: it is compiled anew"
+    assert said == f"the executable of jit__lambda in {folder} is damaged: compiling it again"
 
 
 @pytest.fixture
 def settings() -> Any:
-    """JAX's settings, put back after the test."""
+    """Changes JAX's settings, which are restored after the test."""
     names = ["enable_compilation_cache", "compilation_cache_dir"]
     names += ["persistent_cache_min_compile_time_secs"]
     before = {name: getattr(jax.config, f"jax_{name}") for name in names}
@@ -100,7 +100,7 @@ def test_a_folder_of_another_user_is_reported_and_not_used(
     assert "belongs to another user" in said[0]
 
 
-def test_a_folder_that_cannot_be_made_is_reported_and_training_continues(
+def test_a_folder_that_cannot_be_created_is_reported_and_training_continues(
     tmp_path: Path, settings: Any
 ) -> None:
     (tmp_path / "file").touch()
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_made_is_reported_and_training_continues(
     assert "Not a directory" in said[0]
 
 
-def test_switched_off_it_writes_nowhere(tmp_path: Path, settings: Any) -> None:
+def test_a_cache_that_is_turned_off_writes_nothing(tmp_path: Path, settings: Any) -> None:
     settings(enable_compilation_cache=False, compilation_cache_dir=str(tmp_path / "none"))
     said: list[str] = []
     with cache.kept_executables(said.append):
@@ -119,7 +119,7 @@ def test_switched_off_it_writes_nowhere(tmp_path: Path, settings: Any) -> None:
     assert said == [] and not (tmp_path / "none").exists()
 
 
-def test_every_kind_of_processor_has_a_folder_of_its_own(
+def test_every_kind_of_processor_has_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -131,7 +131,7 @@ def test_every_kind_of_processor_has_a_folder_of_its_own(
     assert cache.default_folder().parent == Path.home() / ".cache" / "chargpt"
 
 
-def test_the_oldest_files_are_removed_first_once_there_are_too_many(
+def test_the_oldest_files_are_removed_until_the_others_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "LARGEST", 250)

@@ -69,7 +69,7 @@ def test_values_that_are_missing_are_left_out(tmp_path, missing):
     assert count(pixels, TRAIN) > 300 and count(pixels, VALIDATION) > 50
 
 
-def test_missing_values_change_nothing_against_lines_without_them(tmp_path):
+def test_missing_values_are_drawn_like_lines_without_them(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with_none = [{"val/loss": None} | line for line in EVALUATED]
@@ -79,12 +79,12 @@ def test_missing_values_change_nothing_against_lines_without_them(tmp_path):
 
 @pytest.mark.parametrize("metrics", [[], [{"trainer/step": 5, "train/loss": None}], EVALUATED[:1]])
 @pytest.mark.parametrize("baselines", [{}, BASELINES])
-def test_a_run_of_no_or_one_point_is_drawn_too(tmp_path, metrics, baselines):
+def test_a_run_with_at_most_one_point_is_drawn(tmp_path, metrics, baselines):
     assert draw(tmp_path, metrics, baselines).shape == (600, 960, 3)
 
 
 @pytest.mark.parametrize("title", TITLES)
-def test_any_name_of_a_run_can_be_a_title(tmp_path, title):
+def test_any_name_can_be_a_title(tmp_path, title):
     assert draw(tmp_path, EVALUATED, title=title).shape == (600, 960, 3)
 
 

@@ -1,4 +1,4 @@
-"""Run directories: found among other folders, written, and read back without trusting them."""
+"""Run directories: found among other folders, written, and read without trusting them."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from chargpt.run.directory import (
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two runs with what Hydra and W&B leave beside, and a folder that is no run."""
+    """Two runs with what Hydra and W&B leave in them, and a folder that is not a run."""
     for name in ("10_a", "2_b"):
         run = make_run(tmp_path / "sweep" / name)
         for folder in (".hydra", "wandb/offline-run-1/files", "checkpoints"):
@@ -51,7 +51,7 @@ def names(places: list[Path | str]) -> list[str]:
 # ---- finding
 
 
-def test_a_folder_gives_its_runs_in_the_order_that_a_person_counts(sweep: Path) -> None:
+def test_a_folder_gives_its_runs_in_natural_order(sweep: Path) -> None:
     assert find_runs([str(sweep)]) == [sweep / "2_b", sweep / "10_a"]
     assert names([sweep.parent]) == ["2_b", "10_a"]
 
@@ -69,7 +69,7 @@ def test_a_file_in_a_run_gives_the_run(sweep: Path, file: str) -> None:
     "file",
     ["checkpoints/best.eqx", ".hydra/overrides.yaml", "wandb/offline-run-1/files/config.yaml"],
 )
-def test_a_file_deep_inside_of_a_run_gives_the_run(sweep: Path, file: str) -> None:
+def test_a_file_deep_inside_a_run_gives_the_run(sweep: Path, file: str) -> None:
     (sweep / "10_a" / "checkpoints" / "best.eqx").touch()
     assert find_runs([str(sweep / "10_a" / file)]) == [sweep / "10_a"]
 
@@ -89,11 +89,11 @@ def test_a_pattern_gives_what_it_matches(sweep: Path, pattern: str, expected: li
     assert names([sweep / pattern]) == expected
 
 
-def test_several_places_keep_their_order_and_count_a_run_once(sweep: Path) -> None:
+def test_several_places_keep_their_order_and_give_a_run_once(sweep: Path) -> None:
     assert names([sweep / "10_a", sweep, sweep / "2_b"]) == ["10_a", "2_b"]
 
 
-def test_a_run_that_is_named_in_two_ways_counts_once(
+def test_a_run_that_is_named_in_two_ways_is_given_once(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sweep)
@@ -106,7 +106,7 @@ def test_a_folder_with_brackets_in_its_name_is_that_folder(tmp_path: Path) -> No
     assert names([tmp_path / "lr[1]"]) == ["lr[1]"]
 
 
-def test_an_equals_sign_and_spaces_in_a_name_are_no_matter(tmp_path: Path) -> None:
+def test_a_name_may_hold_an_equals_sign_and_spaces(tmp_path: Path) -> None:
     run = make_run(tmp_path / "0_mqa seed=1, lr=1e-3")
     assert find_runs([str(run)]) == [run] == find_runs([str(tmp_path)])
 
@@ -124,7 +124,7 @@ def test_a_place_without_a_run_is_named_in_one_line(sweep: Path, place: str) -> 
     )
 
 
-# ---- numbers in names
+# ---- natural order
 
 
 @given(st.text(), st.text())
@@ -186,12 +186,12 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     )
 
 
-def test_half_a_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    whole = read_run(run)
+    before = read_run(run)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"trainer/step": 1')
-    assert read_run(run) == whole
+    assert read_run(run) == before
 
 
 @pytest.mark.parametrize("damage", [None, "", '{"best/val_loss": 2', "\ufffe\x00", "[" * 100_000])
@@ -207,7 +207,7 @@ def test_a_summary_that_is_missing_or_damaged_leaves_a_run_unfinished(
     assert len(record.evaluations) == 3
 
 
-def test_without_samples_there_is_an_empty_text(tmp_path: Path) -> None:
+def test_without_samples_the_text_is_empty(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "samples.txt").unlink()
     assert read_run(run).sample == ""
@@ -289,7 +289,7 @@ def alias_bomb(width: int, depth: int) -> str:
 
 YAML_CASES = {
     "an alias bomb": lambda good: alias_bomb(9, 12),
-    "an alias bomb behind a configuration": lambda good: good + alias_bomb(9, 12),
+    "an alias bomb after a configuration": lambda good: good + alias_bomb(9, 12),
     "an alias bomb in a configuration": lambda good: alias_bomb(9, 12) + good,
     "an alias that is its own list": lambda good: good + "x: &x [*x]\n",
     "a merge of a mapping": lambda good: "x: &x {seed: 1}\n<<: *x\n" + good,
@@ -343,7 +343,7 @@ YAML_CASES = {
 
 
 @pytest.mark.parametrize("name", YAML_CASES)
-def test_a_hostile_configuration_is_refused_in_one_line_and_soon(
+def test_a_hostile_configuration_is_refused_quickly_in_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CHARGPT_SECRET", "hunter2")
@@ -407,7 +407,7 @@ def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
         assert read_metrics(path) == LINES[:-1]
 
 
-def test_no_metrics_file_is_no_lines(tmp_path: Path) -> None:
+def test_a_missing_metrics_file_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -477,8 +477,8 @@ def test_only_the_records_are_cut_whatever_a_header_names(tmp_path: Path):
     assert (tmp_path / "outside").read_text() == (run_dir / "config.yaml").read_text() == "x"
 
 
-def test_metrics_that_lost_their_end_in_a_power_cut_keep_whole_lines(tmp_path: Path):
-    """An unflushed file can be shorter than at the checkpoint: nothing may join half a line."""
+def test_metrics_that_lost_their_end_in_a_power_cut_keep_complete_lines(tmp_path: Path):
+    """An unflushed file can be shorter than at the checkpoint: no line may continue half of one."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(METRICS))
     sizes = record_sizes(tmp_path)

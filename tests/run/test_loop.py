@@ -1,4 +1,4 @@
-"""The loop by itself, without a recorder: what it reports and when; it leaves nothing behind."""
+"""The loop without a recorder: what it reports and when; it leaves nothing behind."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_a_report_asks_for_checkpoints_while_the_state_is_that_of_its_step(corpu
     assert saves[3] == saves[6] == ("last",) and saves[4] == ("last", "best")
 
 
-def test_asked_to_stop_a_loop_reports_the_step_under_way_and_asks_to_save_it(
+def test_a_loop_that_is_stopped_reports_the_current_step_and_asks_to_save_it(
     corpus: Corpus,
 ) -> None:
     loop = Loop(CONFIG, corpus)

@@ -105,22 +105,22 @@ def test_an_exception_restores_the_handlers_too():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_the_callers_handler_is_restored_and_a_schedulers_is_called_once_all_is_saved(
+def test_the_callers_handler_is_restored_and_a_schedulers_is_called_when_all_is_saved(
     number: signal.Signals,
 ):
     came = []
     before = signal.signal(number, lambda *_: came.append("caller"))
-    turn = ["caller"] if number != signal.SIGTERM else []
+    called_after = ["caller"] if number != signal.SIGTERM else []
     try:
         with StopSignal() as stop:
             os.kill(os.getpid(), number)
             assert (stop.number, came) == (number, [])
-        assert came == turn
+        assert came == called_after
         os.kill(os.getpid(), number)
-        assert came == [*turn, "caller"]
+        assert came == [*called_after, "caller"]
         with StopSignal():
             os.kill(os.getpid(), signal.SIGINT)
-        assert came == [*turn, "caller"]  # it was not its signal
+        assert came == [*called_after, "caller"]  # SIGINT is not a scheduler's signal
     finally:
         signal.signal(number, before)
 

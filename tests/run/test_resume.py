@@ -36,7 +36,7 @@ TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run with three whole checkpoints: last at step 30, previous at 20, best at 10."""
+    """A run with three intact checkpoints: last at step 30, previous at 20, best at 10."""
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     config = tiny_config()
@@ -47,7 +47,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def write_checkpoint(run_dir: Path, name: str, config: Config, step: int, **changes: Any) -> None:
-    """A checkpoint of that step, with the vocabulary in `changes` or that of the other tests."""
+    """A checkpoint of that step, its vocabulary that in `changes` or that of the other tests."""
     header = make_header(config, step=step, **changes)
     state = random_state(config, vocabulary=header.vocabulary)
     checkpoint.save(file_of(run_dir, name), at_step(state, step), header)
@@ -58,7 +58,7 @@ def file_of(run_dir: Path, name: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock, by its path in the folder."""
+    """Every file except the lock, by its path in the folder."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -73,11 +73,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def no_checkpoint(path: Path) -> None:
+def not_a_checkpoint(path: Path) -> None:
     path.write_bytes(b"\x80\x04cos\nsystem")
 
 
-# ---- the newest whole checkpoint
+# ---- the newest intact checkpoint
 
 
 def test_the_newest_is_taken_silently(run_dir: Path):
@@ -87,9 +87,9 @@ def test_the_newest_is_taken_silently(run_dir: Path):
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_in_half, flip_a_bit, no_checkpoint, lambda path: path.write_bytes(b"")]
+    "damage", [cut_in_half, flip_a_bit, not_a_checkpoint, lambda path: path.write_bytes(b"")]
 )
-def test_damage_is_reported_in_a_line_and_the_one_before_is_taken(
+def test_damage_is_reported_in_one_line_and_the_checkpoint_before_is_taken(
     damage: Callable[[Path], None], run_dir: Path
 ):
     said: list[str] = []
@@ -100,7 +100,7 @@ def test_damage_is_reported_in_a_line_and_the_one_before_is_taken(
     assert "is damaged" in said[0]
     said.clear()
     if not last.exists():  # it has been set aside
-        no_checkpoint(last)
+        not_a_checkpoint(last)
     damage(previous)
     assert load_newest(run_dir, said.append)[1].step == 10
     assert [line.split(": ")[0] for line in said] == [str(last), str(previous)]
@@ -138,10 +138,10 @@ def test_a_forged_checkpoint_is_skipped_like_a_damaged_one(run_dir: Path):
     assert len(said) == 1 and "model.embedding" in said[0]
 
 
-def test_a_damaged_last_never_replaces_the_whole_one_before_it(
+def test_a_damaged_last_checkpoint_never_replaces_the_intact_one_before_it(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Killed in its next save, a run that fell back must find again what it fell back to."""
+    """A run that fell back to an older checkpoint still has it if its next save is killed."""
     cut_in_half(file_of(run_dir, "last"))
     file_of(run_dir, "best").unlink()
     assert restore(run_dir, [], print)[1][1].step == 20
@@ -220,7 +220,7 @@ def test_no_override_changes_nothing(mha_type: AttentionType):
         ("dataset.val_fraction=0.5", 0.1),
     ],
 )
-def test_a_change_that_makes_it_another_run_is_refused_naming_field_old_and_new(
+def test_a_change_that_makes_it_another_run_is_refused_with_field_old_and_new(
     override: str, was: Any
 ):
     name, value = override.split("=")
@@ -244,7 +244,7 @@ def test_a_change_that_makes_it_another_run_is_refused_naming_field_old_and_new(
         "+new=1",
     ],
 )
-def test_anything_but_a_single_option_is_refused_beside_resume(override: str):
+def test_only_single_options_can_be_combined_with_resume(override: str):
     with pytest.raises(ConfigError, match="cannot be combined with resume=") as caught:
         with_overrides(tiny_config(), [override])
     assert str(caught.value).startswith(override) and "\n" not in str(caught.value)
@@ -264,7 +264,7 @@ def test_anything_but_a_single_option_is_refused_beside_resume(override: str):
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
     ],
 )
-def test_a_wrong_override_is_answered_in_one_line(override: str, words: str):
+def test_an_invalid_override_is_refused_in_one_line(override: str, words: str):
     with pytest.raises(ConfigError) as caught:
         with_overrides(tiny_config(), [override])
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -289,7 +289,7 @@ def test_restore_reports_the_step_what_changed_and_what_is_not_bit_exact(run_dir
 
 
 def test_restore_takes_the_configuration_of_the_checkpoint_it_loads(run_dir: Path):
-    """Before a damaged last checkpoint, one of another configuration may lie: it decides."""
+    """Not that of a damaged last checkpoint, if the one before it has another configuration."""
     other = tiny_config("optimizer.learning_rate=0.25")
     write_checkpoint(run_dir, "previous", other, 20, versions={})
     cut_in_half(file_of(run_dir, "last"))
@@ -299,7 +299,7 @@ def test_restore_takes_the_configuration_of_the_checkpoint_it_loads(run_dir: Pat
     assert len(said) == 2 and "is damaged" in said[0] and said[1].endswith("at step 20")
 
 
-def test_restore_of_a_run_without_a_checkpoint_begins_at_its_configuration(tmp_path: Path):
+def test_restore_of_a_run_without_a_checkpoint_takes_its_saved_configuration(tmp_path: Path):
     config, said = tiny_config("optimizer.learning_rate=0.25"), []
     write_config(tmp_path, config)
     found, restored = restore(tmp_path, ["trainer.num_steps=50"], said.append)
@@ -309,7 +309,7 @@ def test_restore_of_a_run_without_a_checkpoint_begins_at_its_configuration(tmp_p
     assert said[0] == f"resuming {tmp_path} at step 0 (it had no checkpoint yet)"
 
 
-def test_restore_refuses_another_shape_before_anything_is_written(run_dir: Path):
+def test_restore_refuses_another_model_before_anything_is_written(run_dir: Path):
     before = contents(run_dir)
     with pytest.raises(ConfigError, match=r"model\.d_model: is 4 in that run and cannot become 8"):
         restore(run_dir, ["model.d_model=8"], print)
@@ -372,7 +372,7 @@ def test_a_changed_text_is_refused_with_both_hashes_and_changes_nothing(
     assert contents(run_dir) == before
 
 
-def test_the_text_is_known_by_its_content_not_by_its_place(
+def test_the_text_is_known_by_its_content_not_by_its_path(
     text_run: tuple[Path, Path], tmp_path: Path
 ):
     run_dir, text = text_run

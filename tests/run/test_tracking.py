@@ -99,7 +99,7 @@ class Child:
         for file in (self._process.stdin, self._process.stdout, self._stderr):
             assert file
             file.close()
-        if (self.home / "service").exists():  # one that a SIGSTOP stopped outlives its parent
+        if (self.home / "service").exists():  # stopped by SIGSTOP, it outlives its parent
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int((self.home / "service").read_text()), signal.SIGKILL)
 
@@ -115,7 +115,7 @@ class Child:
     def result(self, timeout: float = 25.0) -> dict[str, Any]:
         """What the child reported, "exit_seconds" (from its report to its end) and "stderr"."""
         self._watcher.join(timeout)
-        assert not self._watcher.is_alive(), f"not at its end after {timeout} s\n{self.stderr()}"
+        assert not self._watcher.is_alive(), f"still running after {timeout} s\n{self.stderr()}"
         assert self._process.returncode == 0, self.stderr()
         result = json.loads((self.home / "report.json").read_text())
         return result | {"exit_seconds": self._ended - result["monotonic"], "stderr": self.stderr()}
@@ -132,7 +132,7 @@ def run_child(
 
 
 def half_way() -> None:
-    """Let the parent do something, and continue when it has."""
+    """Wait until the parent has done something."""
     print("half way", flush=True)
     sys.stdin.readline()
 
@@ -280,7 +280,7 @@ def child_why_not_online(base_url: str, closed_url: str) -> None:
     write_report(reasons)
 
 
-# ---- help for the tests
+# ---- helpers
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def read_offline(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def upload(result: dict[str, Any], home: Path, server: FakeServer) -> None:
-    """What a person does who copies the run's sync command."""
+    """What a person does with the run's sync command."""
     assert result["sync_command"] is not None
     program, *arguments = shlex.split(result["sync_command"])
     environ = environment(home, server.url, API_KEY)
@@ -323,14 +323,14 @@ def upload(result: dict[str, Any], home: Path, server: FakeServer) -> None:
     subprocess.run(command, cwd=home, env=environ, check=True, capture_output=True)
 
 
-# ---- children that outlive something, begun first and examined last
+# ---- children that outlive something: started first, examined last
 
 
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
     """Children that lost their server or their wandb-core process in mid-run.
 
-    They mostly wait: they run all at once, and begin before other tests that take long.
+    They mostly wait, so they all run at once and start before the other slow tests.
     """
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(FakeServer()) for name in ("closes", "stalls")}
@@ -364,7 +364,7 @@ def online(
         yield fake, run_child(child_three_runs, home, url=fake.url, key=API_KEY)
 
 
-def test_an_online_run_says_where_it_is_shown(online: tuple[FakeServer, dict[str, Any]]) -> None:
+def test_an_online_run_reports_where_it_is_shown(online: tuple[FakeServer, dict[str, Any]]) -> None:
     fake, result = online
     urls = [f"{fake.url}/tester/chargpt/runs/{result[run]}" for run in ("id", "second", "resumed")]
     assert result["said"] == [f"W&B: {url}" for url in urls]
@@ -391,7 +391,7 @@ def test_a_run_is_named_after_its_attention_type(online: tuple[FakeServer, dict[
 
 def test_every_line_arrives_with_its_step_inside(online: tuple[FakeServer, dict[str, Any]]) -> None:
     fake, result = online
-    # What a resumed run computes again is not dropped: W&B's own step keeps counting
+    # What a resumed run computes again is not dropped: W&B's own step continues to count
     replayed = LINES + LINES[-2:]
     history = fake.history(result["id"])
     assert numbers(history) == replayed
@@ -426,9 +426,7 @@ def test_the_samples_table_arrives(online: tuple[FakeServer, dict[str, Any]]) ->
     }
 
 
-def test_runs_of_one_process_are_runs_of_their_own(
-    online: tuple[FakeServer, dict[str, Any]],
-) -> None:
+def test_runs_of_one_process_are_separate_runs(online: tuple[FakeServer, dict[str, Any]]) -> None:
     fake, result = online
     assert result["id"] != result["second"]
     assert numbers(fake.history(result["second"])) == LINES[:1]
@@ -451,14 +449,14 @@ def test_without_an_api_key_the_run_continues_offline(tmp_path: Path, server: Fa
     assert_went_offline(result, tmp_path, "no API key")
 
 
-def test_out_of_reach_of_the_server_the_run_continues_offline(
+def test_if_the_server_is_out_of_reach_the_run_continues_offline(
     tmp_path: Path, closed_url: str
 ) -> None:
     result = run_child(child_whole_run, tmp_path, "online", url=closed_url, key=API_KEY)
     assert_went_offline(result, tmp_path, "out of reach")
 
 
-def test_refused_by_the_server_the_run_continues_offline(
+def test_if_the_server_refuses_the_run_it_continues_offline(
     tmp_path: Path, server: FakeServer
 ) -> None:
     server.refusing.set()
@@ -485,7 +483,7 @@ def test_why_not_online(tmp_path: Path, server: FakeServer, closed_url: str) -> 
     assert reasons["no address"].startswith("nonsense is out of reach (")
 
 
-# ---- it breaks
+# ---- wandb breaks
 
 
 def test_a_run_that_was_not_finished_does_not_hang_at_exit(
@@ -545,7 +543,7 @@ def test_disabled_never_imports_wandb(tmp_path: Path) -> None:
     assert result["id"] is None and result["sync_command"] is None
 
 
-# ---- it dies in mid-run
+# ---- the server or the service dies in mid-run
 
 
 @pytest.mark.parametrize("server_that", ["closes", "stalls"])
@@ -560,7 +558,7 @@ def test_the_death_of_the_server_delays_nothing(
     assert result["finish_seconds"] < 25 and result["exit_seconds"] < 10
     where, *stopped = result["said"]
     assert where == f"W&B: {result['url']}"
-    assert len(stopped) == 1, "an upload that did not end is reported, once"
+    assert len(stopped) == 1, "an upload that did not end is reported once"
     assert "Traceback" not in result["stderr"]
     with FakeServer() as another:
         upload(result, child.home, another)
@@ -576,6 +574,6 @@ def test_the_death_of_the_service_process_delays_nothing(
     assert len(result["said"]) == 1 and result["said"][0].startswith("W&B: stopped (")
     assert result["logging_seconds"] < 0.5 and result["finish_seconds"] < 25
     second, said_by_second = result["second"]
-    own = "the next run starts a service of its own"
+    own = "the next run starts its own service"
     assert second not in (None, result["id"]) and said_by_second == [], own
     assert result["exit_seconds"] < 10 and "Traceback" not in result["stderr"]

@@ -22,7 +22,7 @@ GIVEN = "wandb.name=fast"
 @pytest.mark.parametrize(
     "setting", ["wandb.name=other", "wandb.tags=[x]", "trainer.log_every=7", "mode=online"]
 )
-def test_what_changes_neither_loss_nor_speed_sets_no_runs_apart(setting: str) -> None:
+def test_an_option_that_changes_neither_loss_nor_speed_sets_no_runs_apart(setting: str) -> None:
     arms, remarks = group([make_record("seed=0"), make_record("seed=1", setting)])
     assert [(arm.name, list(arm.runs)) for arm in arms] == [("standard", [0, 1])] and remarks == []
 
@@ -31,37 +31,34 @@ def test_what_changes_neither_loss_nor_speed_sets_no_runs_apart(setting: str) ->
     "setting", ["model.mha_type=mqa", "optimizer.learning_rate=1e-3", "trainer.precision=bfloat16"]
 )
 def test_other_settings_set_arms_apart(setting: str) -> None:
-    arms, remarks = group(
-        [make_record("seed=0"), make_record("seed=0", setting), make_record("seed=1", setting)]
-    )
+    others = [make_record(seed, setting) for seed in ("seed=0", "seed=1")]
+    arms, remarks = group([make_record("seed=0"), *others])
     assert [list(arm.runs) for arm in arms] == [[0], [0, 1]] and remarks == []
 
 
 def test_another_text_sets_arms_apart() -> None:
     arms, _ = group([make_record(), make_record(summary={"corpus_sha256": "0" * 64})])
-    assert [arm.name for arm in arms] == [
-        f"corpus_sha256={CORPUS[:12]}",
-        f"corpus_sha256={'0' * 12}",
-    ]
+    hashes = [CORPUS[:12], "0" * 12]
+    assert [arm.name for arm in arms] == [f"corpus_sha256={digest}" for digest in hashes]
 
 
-def test_runs_without_an_end_are_left_out_and_said() -> None:
+def test_runs_without_an_end_are_left_out_and_reported() -> None:
     runs = [
-        make_record("seed=0", path=Path("whole")),
+        make_record("seed=0", path=Path("complete")),
         make_record("seed=1", path=Path("stopped"), summary={"final/step": 800}),
         make_record("seed=2", path=Path("nan"), summary={"best/val_loss": None}),
         Record(Path("killed"), named_config("seed=3"), {}, make_record().metrics[:4], ""),
-        Record(Path("begun"), named_config("seed=4"), {}, [], ""),
+        Record(Path("started"), named_config("seed=4"), {}, [], ""),
     ]
     arms, remarks = group(runs)
     assert [arm.runs for arm in arms] == [{0: runs[0]}]
     assert remarks == [
         f"left out, not finished: {name} (step {step} of 1600)"
-        for name, step in {"stopped": 800, "nan": 1600, "killed": 1066, "begun": 0}.items()
+        for name, step in {"stopped": 800, "nan": 1600, "killed": 1066, "started": 0}.items()
     ]
 
 
-def test_of_a_repeated_seed_the_last_run_counts_and_the_other_is_said() -> None:
+def test_of_a_repeated_seed_the_last_run_counts_and_the_others_are_reported() -> None:
     runs = [make_record(path=Path(name)) for name in "abc"]
     arms, remarks = group(runs)
     assert [arm.runs for arm in arms] == [{0: runs[2]}]
@@ -97,7 +94,7 @@ def test_an_arm_is_named_by_what_sets_it_apart(
     assert name_arms([make_record(*overrides) for overrides in settings]) == expected
 
 
-def test_options_whose_last_parts_are_equal_are_spelled_in_full(
+def test_options_whose_last_parts_are_equal_have_their_full_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("chargpt.study.arms.MAX_NAME", 80)
@@ -111,31 +108,24 @@ def test_options_whose_last_parts_are_equal_are_spelled_in_full(
 LONG = ["model.d_model=64", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=7"]
 
 
-def test_where_that_is_long_an_arm_has_the_name_that_its_run_was_given() -> None:
-    assert name_arms([make_record(), make_record(*LONG, "wandb.name=small")]) == [
-        "standard",
-        "small",
-    ]
+def test_if_that_is_long_an_arm_has_the_name_that_its_run_was_given() -> None:
+    runs = [make_record(), make_record(*LONG, "wandb.name=small")]
+    assert name_arms(runs) == ["standard", "small"]
 
 
-def test_given_names_are_numbered_where_they_are_equal_and_cut_where_they_are_long() -> None:
-    runs = [
-        make_record(GIVEN),
-        make_record(*LONG, GIVEN),
-        make_record(*LONG, f"wandb.name={'x' * 50}"),
-    ]
+def test_given_names_are_numbered_if_they_are_equal_and_truncated_if_they_are_long() -> None:
+    long_name = f"wandb.name={'x' * 50}"
+    runs = [make_record(GIVEN), make_record(*LONG, GIVEN), make_record(*LONG, long_name)]
     assert name_arms(runs) == ["fast (1)", "fast (2)", "x" * 40]
 
 
-def test_a_given_name_loses_the_seed_which_all_of_the_arms_runs_would_not_share() -> None:
-    runs = [
-        make_record("wandb.name='mqa seed=0 lr=1'"),
-        make_record(*LONG, "wandb.name='mqa lr=2 seed=10'"),
-    ]
-    assert name_arms(runs) == ["mqa lr=1", "mqa lr=2"]
+def test_a_given_name_loses_its_seed_in_which_the_runs_of_an_arm_differ() -> None:
+    first = make_record("wandb.name='mqa seed=0 lr=1'")
+    second = make_record(*LONG, "wandb.name='mqa lr=2 seed=10'")
+    assert name_arms([first, second]) == ["mqa lr=1", "mqa lr=2"]
 
 
-def test_names_are_as_many_as_arms_even_where_long_paths_begin_alike() -> None:
+def test_names_are_as_many_as_arms_even_if_long_paths_start_alike() -> None:
     text = "dataset.filepath=/a/long/path/to/the/texts/{}.txt"
     runs = [make_record("dataset.name=file", text.format(name)) for name in ("one", "two")]
     assert len(set(name_arms(runs))) == 2
@@ -154,9 +144,8 @@ def test_names_are_printable(name: str) -> None:
 def test_an_estimate_is_mean_and_sample_standard_deviation(values: list[float]) -> None:
     estimate = Estimate.of(values)
     assert estimate is not None and estimate.spread is not None
-    np.testing.assert_allclose(
-        [estimate.mean, estimate.spread], [np.mean(values), np.std(values, ddof=1)], atol=1e-9
-    )
+    expected = [np.mean(values), np.std(values, ddof=1)]
+    np.testing.assert_allclose([estimate.mean, estimate.spread], expected, atol=1e-9)
 
 
 def test_a_single_value_has_no_spread_and_no_value_no_estimate() -> None:
@@ -170,10 +159,8 @@ def test_missing_values_are_left_out() -> None:
 
 
 def make_arm(name: str, losses: dict[int, float]) -> Arm:
-    return Arm(
-        name,
-        {seed: make_record(f"seed={seed}", val_losses=[loss]) for seed, loss in losses.items()},
-    )
+    runs = {s: make_record(f"seed={s}", val_losses=[loss]) for s, loss in losses.items()}
+    return Arm(name, runs)
 
 
 def test_arms_are_compared_seed_by_seed() -> None:

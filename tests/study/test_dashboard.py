@@ -18,63 +18,34 @@ from chargpt.study.dashboard import build, specification
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # wandb-workspaces' own
 
-GOLDEN = (
-    ROOT / "tests" / "golden" / "dashboard.json"
-)  # anew: chargpt dashboard out=tests/golden/dashboard.json
+# To make it again: chargpt dashboard out=tests/golden/dashboard.json
+GOLDEN = ROOT / "tests" / "golden" / "dashboard.json"
 LAYERS = range(12)
-PARTS = {
-    part: {f"grad_norm/{part}_{layer}" for layer in LAYERS}
-    for part in ("attention", "feed_forward")
-}
+ATTENTION, FEED_FORWARD = (
+    {f"grad_norm/{part}_{layer}" for layer in LAYERS} for part in ("attention", "feed_forward")
+)
 ENTROPY = {f"attention_entropy/layer_{layer}" for layer in LAYERS}
-HISTORY = (  # of lines of metrics.jsonl, and of those that evaluate: Loop._fetch, Loop._evaluate
-    {f"trainer/{name}" for name in ("step", "tokens", "seconds", "skipped_steps")}
-    | {
-        "train/loss",
-        "train/grad_norm",
-        "grad_norm/embedding",
-        "grad_norm/head",
-        "optim/learning_rate",
-    }
-    | {"throughput/tokens_per_second", "throughput/mfu"}
-    | {"val/loss", "val/accuracy", "val/bpc", "val/raw_loss"}
-    | PARTS["attention"]
-    | PARTS["feed_forward"]
-    | ENTROPY
-)
-DERIVED = {
-    "mha_type",
-    "num_params",
-    "kv_cache_bytes_per_token",
-    "flops_per_token",
-    "device",
-    "num_devices",
-    "dataset",
-}
-SUMMARY = (  # Recorder.summary
-    {
-        "best/val_loss",
-        "best/step",
-        "final/val_loss",
-        "final/step",
-        "tokens_per_second",
-        "decode_tokens_per_second",
-    }
-    | {"peak_memory_bytes", "compile_seconds", "train_seconds"}
-    | DERIVED
-)
+# In the lines of metrics.jsonl, and in those that evaluate: Loop._fetch, Loop._evaluate
+HISTORY = {"trainer/step", "trainer/tokens", "trainer/seconds", "trainer/skipped_steps"}
+HISTORY |= {"train/loss", "train/grad_norm", "optim/learning_rate"}
+HISTORY |= {"grad_norm/embedding", "grad_norm/head", *ATTENTION, *FEED_FORWARD, *ENTROPY}
+HISTORY |= {"throughput/tokens_per_second", "throughput/mfu"}
+HISTORY |= {"val/loss", "val/accuracy", "val/bpc", "val/raw_loss"}
+DERIVED = {"mha_type", "num_params", "kv_cache_bytes_per_token", "flops_per_token"}
+DERIVED |= {"device", "num_devices", "dataset"}
+# Recorder.summary
+SUMMARY = {"best/val_loss", "best/step", "final/val_loss", "final/step", "tokens_per_second"}
+SUMMARY |= {"decode_tokens_per_second", "peak_memory_bytes", "compile_seconds", "train_seconds"}
+SUMMARY |= DERIVED
 
 
 def test_the_names_here_are_those_that_a_run_logs() -> None:
-    files = ("run/loop.py", "run/recorder.py", "train.py")
+    files = ("run/evaluate.py", "run/loop.py", "run/recorder.py", "train.py")
     code = "".join((ROOT / "src" / "chargpt" / name).read_text() for name in files)
     written = {re.sub(r"_\d+$", "_{layer}", name) for name in HISTORY | SUMMARY}
     written = {name.removeprefix("grad_norm/").replace("_{layer}", "") for name in written}
-    assert [
-        name
-        for name in sorted(written)
-        if f'"{name}"' not in code and f"{name}_{{layer}}" not in code
-    ] == []
+    spelled = {name for name in written if f'"{name}"' in code or f"{name}_{{layer}}" in code}
+    assert written - spelled == set()
 
 
 # ---- the specification
@@ -96,9 +67,8 @@ def test_the_specification_is_the_same_to_the_byte(text: str) -> None:
 
 
 def test_panels_are_numbered_and_their_titles_differ(panels: list[dict[str, Any]]) -> None:
-    assert [panel["__id__"] for panel in panels] == [
-        f"panel-{number}" for number in range(len(panels))
-    ]
+    numbered = [f"panel-{number}" for number in range(len(panels))]
+    assert [panel["__id__"] for panel in panels] == numbered
     titles = [panel["config"].get("chartTitle", "samples") for panel in panels]
     assert len(set(titles)) == len(titles) == 23
 
@@ -111,7 +81,7 @@ def test_every_line_that_is_drawn_is_logged_by_a_run(panels: list[dict[str, Any]
     assert len(drawn) > 10 and set(drawn) <= HISTORY
     patterns = [config["metricRegex"] for config in lines if "metricRegex" in config]
     found = [{name for name in HISTORY if re.search(pattern, name)} for pattern in patterns]
-    assert found == [PARTS["attention"], PARTS["feed_forward"], ENTROPY]
+    assert found == [ATTENTION, FEED_FORWARD, ENTROPY]
     assert all(config["metrics"] or config["useMetricRegex"] for config in lines)
 
 
@@ -127,9 +97,8 @@ def test_every_cost_is_in_the_summary_of_a_run(panels: list[dict[str, Any]]) -> 
 def test_runs_are_grouped_by_their_attention_type(text: str) -> None:
     (runs,) = json.loads(text)["spec"]["section"]["runSets"]
     assert runs["grouping"] == [{"section": "config", "name": "mha_type.value"}]
-    assert "mha_type" in DERIVED and "mha_type" not in to_plain(
-        small_config()
-    )  # W&B's config holds both, side by side
+    # W&B's config holds what is derived and what is configured, side by side.
+    assert "mha_type" in DERIVED and "mha_type" not in to_plain(small_config())
 
 
 def test_samples_are_shown_from_the_table_that_a_run_logs(panels: list[dict[str, Any]]) -> None:
@@ -151,11 +120,8 @@ def test_offline_the_specification_is_a_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_tool(capsys) == (
-        0,
-        "dashboard.json\nmode=online entity=… saves the workspace at W&B\n",
-        "",
-    )
+    printed = "dashboard.json\nmode=online entity=… saves the workspace at W&B\n"
+    assert run_tool(capsys) == (0, printed, "")
     assert (tmp_path / "dashboard.json").read_bytes() == GOLDEN.read_bytes()
     assert run_tool(capsys, "entity=team", "project=other", "out=other.json")[0] == 0
     changed = json.loads((tmp_path / "other.json").read_text())
@@ -198,13 +164,11 @@ def test_a_place_that_cannot_be_written_is_one_line(
 def test_a_server_out_of_reach_is_one_line_at_once(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "wandb.sdk.wandb_setup._singleton", None
-    )  # a client of this test alone, which starts no service
+    # A client for this test only, which starts no service
+    monkeypatch.setattr("wandb.sdk.wandb_setup._singleton", None)
     server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
-    places = dict.fromkeys(
-        ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"), str(tmp_path)
-    )
+    folders = ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
+    places = dict.fromkeys(folders, str(tmp_path))
     for name, value in (server | places).items():
         monkeypatch.setenv(name, value)
     code, out, err = run_tool(capsys, "mode=online", "entity=me")

@@ -3,17 +3,18 @@
 Trials are stand-ins that answer at once.
 """
 
-import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import yaml
 from conftest import ROOT
-from pages import type_sizes
+from matplotlib import pyplot
+from pages import images
 
 from chargpt import cli
 from chargpt.compose import compose
@@ -54,19 +55,19 @@ def test_a_space_is_read_by_the_types_of_the_options(tmp_path: Path) -> None:
 
 BAD = {
     "optimizer.learning_rat: {low: 1, high: 2}": "did you mean optimizer.learning_rate?",
-    "optimizer.learning_rate: {low: small, high: 2}": "low=small: is no number",
+    "optimizer.learning_rate: {low: small, high: 2}": "low=small: is not a number",
     "optimizer.learning_rate: {low: 0.1, high: 0.1}": "the range from 0.1 to 0.1 is empty",
-    "optimizer.learning_rate: {low: 0, high: 1, log: true}": "logarithmic range begins above zero",
+    "optimizer.learning_rate: {low: 0, high: 1, log: true}": "logarithmic range starts above zero",
     "optimizer.learning_rate: {low: 1e-3, high: 1, log: true, step: 1e-3}": "has no step",
     "optimizer.learning_rate: {low: 1e-3}": "a range needs low and high",
     "optimizer.learning_rate: {low: 1e-3, high: 1, setp: 1}": "did you mean step?",
-    "optimizer.learning_rate: {low: .nan, high: 1}": "is no number",
+    "optimizer.learning_rate: {low: .nan, high: 1}": "is not a number",
     "optimizer.learning_rate: 0.1": "write {low: …, high: …} or {choices: […]}",
-    "optimizer.warmup_steps: {low: 0, high: 2.5}": "is no whole number",
+    "optimizer.warmup_steps: {low: 0, high: 2.5}": "is not a whole number",
     "optimizer.warmup_steps: {low: 0, high: 9, step: 0}": "must be above zero and within the range",
-    "model.mha_type: {low: 0, high: 1}": "is no number; write {choices: […]}",
+    "model.mha_type: {low: 0, high: 1}": "is not a number; write {choices: […]}",
     "model.mha_type: {choices: [mqa, gqq]}": "did you mean gqa?",
-    "model.num_heads: {choices: []}": "is no list of values",
+    "model.num_heads: {choices: []}": "is not a list of values",
     "model.num_heads: {choices: [2, 2]}": "has a value twice",
     "model.num_heads: {choices: [2, 3]}": "does not divide model.d_model",
     "model.num_heads: {choices: [2], low: 1}": "both choices and a range",
@@ -89,7 +90,7 @@ def test_a_bad_space_is_one_clear_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no YAML"),
+        ("{", "is not YAML"),
         ("[]", "must hold overrides and parameters"),
         ("overrides: []", "names no option"),
         ("parameters: {}", "names no option"),
@@ -101,7 +102,7 @@ def test_a_bad_space_is_one_clear_line(
         ),
     ],
 )
-def test_a_file_that_is_no_space_is_one_clear_line(
+def test_a_file_that_is_not_a_space_is_one_clear_line(
     content: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message) as error:
@@ -109,7 +110,7 @@ def test_a_file_that_is_no_space_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_space_names_those_that_there_are() -> None:
+def test_a_missing_space_is_answered_with_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"cannot be read .*configs/search/adamw\.yaml"):
         read_space(Path("nowhere.yaml"))
 
@@ -121,24 +122,19 @@ def test_a_shipped_space_composes_and_so_does_every_value_of_its_wandb_file(
     monkeypatch.chdir(tmp_path)
     assert cli.run_tool(["search", f"space={path}", "write_wandb=sweep.yaml"]) == 0
     sweep = yaml.safe_load(Path("sweep.yaml").read_text())
-    assert (
-        sweep["metric"] == {"name": "best/val_loss", "goal": "minimize"}
-        and sweep["program"] == "main.py"
-    )
-    assert (
-        sweep["command"][:3] == ["${env}", "${interpreter}", "${program}"]
-        and sweep["command"][-1] == "${args_no_hyphens}"
-    )
-    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["metric"] == {"name": "best/val_loss", "goal": "minimize"}
+    assert sweep["program"] == "main.py" and (ROOT / sweep["program"]).is_file()
+    *program, arguments = sweep["command"][:3] + sweep["command"][-1:]
+    assert program == ["${env}", "${interpreter}", "${program}"]
+    assert arguments == "${args_no_hyphens}"
     fixed = sweep["command"][3:-1]
     assert "mode=online" in fixed
     space = Space("", tuple(fixed), ())
     for name, given in sweep["parameters"].items():
         assert name in options()
         values = given["values"] if "values" in given else [given["min"], given["max"]]
-        assert "values" in given or (
-            given["distribution"] in ("uniform", "int_uniform", "q_uniform", "log_uniform_values")
-        )
+        ranges = ("uniform", "int_uniform", "q_uniform", "log_uniform_values")
+        assert "values" in given or given["distribution"] in ranges
         for value in values:
             space.compose({name: value})
     first = [
@@ -157,11 +153,11 @@ def test_a_wandb_file_says_how_each_range_is_drawn(tmp_path: Path) -> None:
     }
 
 
-# --- a study
+# ---- a study
 
 
 def answer(config: Any, run_dir: Path, watch: Any) -> float:
-    """As training does: a loss that falls to what the learning rate is worth, at three steps."""
+    """As training does: at three steps, a loss that falls to what the learning rate is worth."""
     goal = 1 + abs(math.log10(config.optimizer.learning_rate) + 2)
     for step in (10, 20, 30):
         loss = goal + 1 / step
@@ -172,7 +168,7 @@ def answer(config: Any, run_dir: Path, watch: Any) -> float:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trials that answer at once; what was begun and what was gone on with, in order."""
+    """Trials that answer at once; which were trained and which resumed, in order."""
     calls: list[str] = []
 
     def train(config: Any, run_dir: Path, watch: Any) -> float:
@@ -181,7 +177,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def resume(run_dir: Path, overrides: Any, watch: Any) -> float:
         calls.append(f"resume {run_dir.name}")
-        assert not watch(10, 1.0)  # reported before it was cut off: not a second time
+        assert not watch(10, 1.0)  # reported before it was killed: not a second time
         return 0.5
 
     monkeypatch.setattr(start, "train", train)
@@ -189,12 +185,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def trials(folder: Path) -> list[Any]:
+    url = f"sqlite:///{folder / 'study.db'}"
+    return optuna.load_study(study_name="space", storage=url).trials
+
+
 def states(folder: Path) -> list[str]:
-    study = optuna.load_study(study_name="space", storage=f"sqlite:///{folder / 'study.db'}")
-    return [trial.state.name for trial in study.trials]
+    return [trial.state.name for trial in trials(folder)]
 
 
-def test_a_study_finds_the_good_region_ends_poor_trials_early_and_goes_on_to_more(
+def test_a_study_finds_the_good_region_ends_poor_trials_early_and_continues_to_more(
     tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}", "seed=0"]
@@ -208,16 +208,23 @@ def test_a_study_finds_the_good_region_ends_poor_trials_early_and_goes_on_to_mor
     config = compose(tuple(override.strip("'") for override in overrides))
     rate = config.optimizer.learning_rate
     assert abs(math.log10(rate) + 2) < 0.3
-    text = (tmp_path / "study" / "search.html").read_text()
-    assert all(
-        f"<figure class='drawing {name}'>" in text for name in ("history", "importance", "parallel")
-    )
-    assert "#0a0b" not in text and "#0102" not in text
-    assert len(type_sizes(text)) == 1
+    html = (tmp_path / "study" / "search.html").read_text()
+    assert images(html) == ["history", "importance", "parallel coordinates"]
 
     assert cli.run_tool([*arguments, "num_trials=25"]) == 0
     assert quick[24:] == ["train trial_0024"]
     assert cli.run_tool([*arguments, "num_trials=25"]) == 0 and len(quick) == 25
+
+
+def test_drawing_a_study_leaves_matplotlib_as_it_was(tmp_path: Path, quick: list[str]) -> None:
+    before = dict(matplotlib.rcParams)
+    arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}"]
+    assert cli.run_tool([*arguments, "num_trials=1"]) == 0
+    html = (tmp_path / "study" / "search.html").read_text()
+    assert images(html) == ["history", "parallel coordinates"]  # too few trials for importances
+    assert pyplot.get_fignums() == []
+    changed = {name for name in before if matplotlib.rcParams[name] != before[name]}
+    assert changed <= {"backend"}  # which is chosen with the first figure
 
 
 def test_with_a_seed_a_study_in_two_halves_asks_what_it_would_have_asked_at_once(
@@ -225,42 +232,29 @@ def test_with_a_seed_a_study_in_two_halves_asks_what_it_would_have_asked_at_once
 ) -> None:
     asked = {}
     for name, halves in (("at once", (4,)), ("halves", (2, 4))):
+        command = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / name}", "seed=3"]
         for number in halves:
-            command = [
-                "search",
-                f"space={write(tmp_path, SPACE)}",
-                f"out={tmp_path / name}",
-                "seed=3",
-                f"num_trials={number}",
-            ]
-            assert cli.run_tool(command) == 0
-        study = optuna.load_study(
-            study_name="space", storage=f"sqlite:///{tmp_path / name / 'study.db'}"
-        )
-        asked[name] = [tuple(trial.params.values()) for trial in study.trials]
+            assert cli.run_tool([*command, f"num_trials={number}"]) == 0
+        asked[name] = [tuple(trial.params.values()) for trial in trials(tmp_path / name)]
     assert asked["at once"] == asked["halves"] and len(set(asked["halves"])) == 4
 
 
-def test_a_trial_that_was_cut_off_resumes_and_one_that_fails_is_counted(
+def test_a_trial_that_was_killed_resumes_and_one_that_fails_is_counted(
     tmp_path: Path,
     quick: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [
-        "search",
-        f"space={write(tmp_path, SPACE)}",
-        f"out={tmp_path / 'study'}",
-        "num_trials=3",
-    ]
+    arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}"]
+    arguments.append("num_trials=3")
 
-    def cut_off(config: Any, run_dir: Path, watch: Any) -> float:
+    def killed(config: Any, run_dir: Path, watch: Any) -> float:
         write_config(run_dir, config)
         watch(10, 2.0)
         raise SystemExit(143)
 
     good = start.train
-    monkeypatch.setattr(start, "train", cut_off)
+    monkeypatch.setattr(start, "train", killed)
     with pytest.raises(SystemExit):
         cli.run_tool(arguments)
     assert states(tmp_path / "study") == ["RUNNING"]
@@ -285,25 +279,21 @@ def test_a_trial_that_ends_while_another_process_looks_is_not_claimed_again(
     study.ask()
 
     def try_lock(path: Path) -> object:
-        study.tell(0, 1.0)  # its process, and only then the lock is free
+        study.tell(0, 1.0)  # by its process, and only then the lock is free
         return original(path)
 
     original = search.try_lock
     monkeypatch.setattr(search, "try_lock", try_lock)
     assert search.claim(study, options, tmp_path) is None
-    with original(search.working(tmp_path, "0")):  # it has been let go
+    with original(search.working(tmp_path, "0")):  # it has been released
         pass
 
 
-def test_another_space_does_not_go_into_the_same_study(
+def test_another_space_is_refused_for_the_same_study(
     tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "search",
-        f"space={write(tmp_path, SPACE)}",
-        f"out={tmp_path / 'study'}",
-        "num_trials=1",
-    ]
+    arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}"]
+    arguments.append("num_trials=1")
     assert cli.run_tool(arguments) == 0
     write(tmp_path, SPACE | {"overrides": ["experiment=debug"]})
     assert cli.run_tool(arguments) == 2
@@ -327,13 +317,9 @@ sys.exit(cli.run_tool(sys.argv[3:]))
 """
 
 
-def test_two_processes_share_a_study_and_no_trial_is_run_twice(tmp_path: Path) -> None:
-    arguments = [
-        "search",
-        f"space={write(tmp_path, SPACE)}",
-        f"out={tmp_path / 'study'}",
-        "num_trials=12",
-    ]
+def test_two_processes_share_a_study_and_run_no_trial_twice(tmp_path: Path) -> None:
+    arguments = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / 'study'}"]
+    arguments.append("num_trials=12")
     folders = [str(ROOT / "tests" / "study"), str(ROOT / "tests")]
     command = [sys.executable, "-c", WORKER, *folders, *arguments]
     workers = [
@@ -346,5 +332,5 @@ def test_two_processes_share_a_study_and_no_trial_is_run_twice(tmp_path: Path) -
         [line for line in out.splitlines() if line.startswith("trial_")] for out, _ in outputs
     ]
     assert sorted(run_by[0] + run_by[1]) == [f"trial_{number:04}" for number in range(12)]
-    assert len(states(tmp_path / "study")) == 12
-    assert json.dumps(states(tmp_path / "study")).count("RUNNING") == 0
+    found = states(tmp_path / "study")
+    assert len(found) == 12 and "RUNNING" not in found

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import threading
 import time
@@ -34,12 +35,8 @@ def hydra_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         text = {"hydra": {"overrides": {"task": sweep_of or []}}}
         (tmp_path / "multirun.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
         launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
-        hydra = {
-            "overrides": {"task": task},
-            "mode": RunMode[mode],
-            "sweep": {"dir": str(tmp_path)},
-            "launcher": launcher,
-        }
+        hydra = {"mode": RunMode[mode], "sweep": {"dir": str(tmp_path)}, "launcher": launcher}
+        hydra["overrides"] = {"task": task}
         monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": hydra}))
 
     return make
@@ -49,7 +46,7 @@ SETTINGS = ["trainer.num_steps=100", "optimizer.warmup_steps=5"]
 
 
 class Calls:
-    """Stand-ins for training and resuming that note what they were asked."""
+    """Stand-ins for training and resuming that note their calls."""
 
     def __init__(self, error: Exception | None = None):
         self.trained: list[Path] = []
@@ -71,10 +68,8 @@ class Calls:
 
 
 def job(run_dir: Path, *overrides: str, error: Exception | None = None) -> tuple[float, Calls]:
-    calls = Calls(error)
-    return sweep.run_job(
-        small_config(*SETTINGS, *overrides), run_dir, calls.train, calls.resume
-    ), calls
+    calls, config = Calls(error), small_config(*SETTINGS, *overrides)
+    return sweep.run_job(config, run_dir, calls.train, calls.resume), calls
 
 
 def test_a_new_job_is_trained(tmp_path: Path) -> None:
@@ -91,15 +86,13 @@ def test_a_job_that_is_done_is_skipped(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def finished(folder: Path) -> Path:
-    """A run of SETTINGS that came to its end."""
+    """A run of SETTINGS that reached its end."""
     run = make_run(folder / "0_standard", val_losses=[2.5, 2.0])
     config = small_config(*SETTINGS)
     write_config(run, config)
     assert read_config(run / "config.yaml") == config
-    summary = json.loads((run / "summary.json").read_text()) | {
-        "final/step": 100,
-        "best/val_loss": 2.0,
-    }
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"final/step": 100, "best/val_loss": 2.0}
     (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -122,7 +115,7 @@ def test_a_job_that_is_half_done_resumes(tmp_path: Path, damage: str) -> None:
     assert (loss, calls.trained, calls.resumed) == (1.25, [], [run])
 
 
-def test_another_configuration_in_the_directory_is_refused_and_the_other_jobs_go_on(
+def test_another_configuration_in_the_directory_is_refused_and_the_other_jobs_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], hydra_job: Any
 ) -> None:
     hydra_job([], [])
@@ -171,16 +164,13 @@ def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
     (folder / "2_standard").mkdir()
     named = ["wandb.name='it\\'s'", "wandb.group='a sweep'"]
     write_config(folder / "2_standard", small_config(*SETTINGS, *named))
-    for number, overrides in (
-        (1, ["seed=1", "launcher=joblib", "wandb.name=typed"]),
-        (2, ["seed=2"]),
-        (10, ["seed=10"]),
-    ):
+    typed = {1: ["seed=1", "launcher=joblib", "wandb.name=typed"], 2: ["seed=2"], 10: ["seed=10"]}
+    for number, overrides in typed.items():
         (folder / f"{number}_standard" / ".hydra").mkdir(parents=True)
         hydra_job(overrides, [])
         job(folder / f"{number}_standard", *named, error=RunFailed(f"reason {number}"))
     (done / ".hydra").mkdir()
-    (done / sweep.FAILED).write_text("what failed once and then did not\n")
+    (done / sweep.FAILED).write_text("what failed once and then succeeded\n")
     (folder / "11_standard" / ".hydra").mkdir(parents=True)  # its process was killed
     capsys.readouterr()
     sweep.started.append(folder)
@@ -188,25 +178,13 @@ def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
     out = capsys.readouterr().out
     failed = [line.rpartition("/")[2] for line in out.splitlines() if line.startswith("failed: ")]
     assert failed == [f"{number}_standard: RunFailed: reason {number}" for number in (1, 2, 10)]
-    commands = [
-        line.partition("rerun: ")[2] for line in out.splitlines() if line.startswith("  rerun: ")
-    ]
-    run_dir = f"hydra.run.dir='{folder / '1_standard'}'"
-    names = [r"wandb.name='it\'s'", "wandb.group='a sweep'"]
-    assert shlex.split(commands[0]) == [
-        "python",
-        "main.py",
-        "seed=1",
-        *names,
-        "hydra.mode=RUN",
-        run_dir,
-    ]
-    assert shlex.split(commands[1]) == ["python", "main.py", f"resume='{folder / '2_standard'}'"]
+    commands = re.findall(r"^  rerun: python main.py (.*)$", out, re.MULTILINE)
+    job_alone = ["seed=1", *named, "hydra.mode=RUN", f"hydra.run.dir='{folder / '1_standard'}'"]
+    assert shlex.split(commands[0]) == job_alone
+    assert shlex.split(commands[1]) == [f"resume='{folder / '2_standard'}'"]
     assert f"not finished: {folder / '11_standard'}" in out
-    assert (
-        "4 of 5 jobs are not done" in out
-        and out.splitlines()[-1].strip() == "python main.py --multirun seed=0,1,2"
-    )
+    assert "4 of 5 jobs are not done; the same command continues them" in out
+    assert out.splitlines()[-1].strip() == "python main.py --multirun seed=0,1,2"
     assert (folder / "comparison.html").is_file() and f"best run: {done}" in out
     assert sweep.report() == 0 and sweep.started == []
 
@@ -214,28 +192,18 @@ def test_the_report_lists_what_failed_with_the_command_that_reruns_it(
 def test_the_same_command_has_the_same_folder_and_another_one_another() -> None:
     command = ["experiment=compare", "model.mha_type=mla,mqa", "wandb.name=../../x y"]
     folder = Path(sweep_dir(command))
-    assert folder == Path(sweep_dir([*command, "mode=online"])) and folder.parent == Path(
-        "multirun"
-    )
+    assert folder == Path(sweep_dir([*command, "mode=online"]))
+    assert folder.parent == Path("multirun")
     assert folder.name.startswith("compare-mha_type-mla-mqa-")
-    assert (
-        len({sweep_dir(c) for c in (command, command[:2], ["experiment=compare", "seed=0,1"], [])})
-        == 4
-    )
+    others = (command[:2], ["experiment=compare", "seed=0,1"], [])
+    assert len({sweep_dir(other) for other in (command, *others)}) == 4
 
 
 def test_a_run_is_named_by_what_sets_it_apart_and_grouped_with_its_other_seeds(
     hydra_job: Any,
 ) -> None:
-    typed = [
-        "model.mha_type=mla",
-        "model.mla.kv_lora_rank=8",
-        "seed=3",
-        "mode=online",
-        "wandb.tags=[a]",
-        "resume=null",
-    ]
-    hydra_job(typed)
+    typed = ["model.mha_type=mla", "model.mla.kv_lora_rank=8", "seed=3"]
+    hydra_job([*typed, "mode=online", "wandb.tags=[a]", "resume=null"])
     assert run_name("mla") == "mla kv_lora_rank=8 seed=3"
     assert run_group("mla kv_lora_rank=8 seed=3") == "mla kv_lora_rank=8"
 
@@ -243,16 +211,13 @@ def test_a_run_is_named_by_what_sets_it_apart_and_grouped_with_its_other_seeds(
 def test_jobs_of_a_sweep_are_named_by_what_they_differ_in_and_grouped_by_its_folder(
     hydra_job: Any, tmp_path: Path
 ) -> None:
-    hydra_job(
-        ["seed=1", "trainer.num_steps=9", "optimizer.beta1=0.8"],
-        ["seed=0,1", "trainer.num_steps=9", "optimizer.beta1=0.8,0.9"],
-    )
+    steps = "trainer.num_steps=9"
+    own = ["seed=1", steps, "optimizer.beta1=0.8"]
+    hydra_job(own, ["seed=0,1", steps, "optimizer.beta1=0.8,0.9"])
     assert run_name("mqa") == "mqa seed=1 beta1=0.8"
     assert run_group("mqa seed=1 beta1=0.8") == tmp_path.name
-    hydra_job(
-        ["model.mha_type=mla", "model.qk_norm=False"],
-        ["model.mha_type=mla,mqa", "model.qk_norm=false"],
-    )
+    own = ["model.mha_type=mla", "model.qk_norm=False"]
+    hydra_job(own, ["model.mha_type=mla,mqa", "model.qk_norm=false"])
     assert run_name("fast_cpu") == "fast_cpu mha_type=mla" and run_name("mla") == "mla"
 
 
@@ -262,7 +227,7 @@ def test_without_hydra_a_run_is_named_by_its_type() -> None:
     assert dataclasses.asdict(config)["wandb"]["tags"] == []
 
 
-def test_a_job_that_another_process_trains_is_waited_for_and_not_done_again(
+def test_a_job_that_another_process_trains_is_awaited_and_not_done_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished(tmp_path)
@@ -280,8 +245,8 @@ def test_a_job_that_another_process_trains_is_waited_for_and_not_done_again(
     loss, calls = job(run)
     thread.join()
     assert time.monotonic() - begin > 0.3 and (calls.trained, calls.resumed, loss) == ([], [], 2.0)
-    said = capsys.readouterr().out.splitlines()
-    assert "another process trains in it: waiting" in said[0] and "done before" in said[1]
+    printed = capsys.readouterr().out.splitlines()
+    assert "another process trains in it: waiting" in printed[0] and "done before" in printed[1]
 
 
 def test_no_two_jobs_share_a_wandb_run(hydra_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:

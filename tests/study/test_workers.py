@@ -1,4 +1,4 @@
-"""Jobs side by side: what each has to itself, and the command that runs one alone."""
+"""Jobs side by side: what each has to itself, and the command that runs only one of them."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from chargpt.study import workers
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
-def test_places_share_everything_out_and_nobody_has_nothing(things: int, places: int) -> None:
+def test_every_place_has_a_share_and_everything_is_shared_out(things: int, places: int) -> None:
     shares = [workers.share(range(things), place, places) for place in range(places)]
     assert all(shares)
     given_out = [thing for share in shares for thing in share]
@@ -39,9 +39,8 @@ def test_the_gpus_are_those_that_the_driver_lists_or_the_user_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n"
-    )
+    lines = ["GPU 0: H100 (UUID: GPU-1)", "GPU 1: H100 (UUID: GPU-2)"]
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -55,29 +54,27 @@ def test_the_gpus_are_those_that_the_driver_lists_or_the_user_allows(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         assert workers.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    assert workers.gpus() == []
     tool.unlink()
     assert workers.gpus() == [] and 1 <= workers.jobs_at_once() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("name", ["mla kv_lora_rank=8", "it's", 'a "b" \\', "{x: [1]}, y"])
 @pytest.mark.parametrize("group", ["a sweep", None])
-def test_a_job_alone_has_the_configuration_that_it_has_in_its_sweep(
+def test_a_job_by_itself_has_the_configuration_that_it_has_in_its_sweep(
     name: str, group: str | None
 ) -> None:
     settings = small_config("seed=3", "model.mha_type=mla")
-    settings = dataclasses.replace(
-        settings, wandb=dataclasses.replace(settings.wandb, name=name, group=group)
-    )
+    wandb = dataclasses.replace(settings.wandb, name=name, group=group)
+    settings = dataclasses.replace(settings, wandb=wandb)
     typed = ["seed=3", "model.mha_type=mla", "wandb.name=typed", "launcher=joblib"]
     arguments = workers.alone(settings, Path("multirun/a b/0_it's"), typed)
     assert arguments[-2:] == ["hydra.mode=RUN", "hydra.run.dir='multirun/a b/0_it\\'s'"]
     assert "launcher=joblib" not in arguments
     composed: Config = compose(tuple(arguments[:-2]))
-    assert (composed.wandb, composed.seed, composed.model.mha_type) == (
-        settings.wandb,
-        3,
-        settings.model.mha_type,
-    )
+    assert (composed.wandb, composed.seed) == (settings.wandb, 3)
+    assert composed.model.mha_type is settings.model.mha_type
 
 
 @pytest.fixture
@@ -89,7 +86,7 @@ def worker() -> workers.Worker:
 
 
 def stand_in(worker: workers.Worker, folder: Path, text: str) -> None:
-    """Something small in place of chargpt, which the processes of `worker` find before it."""
+    """A small program in place of chargpt, which the processes of `worker` find first."""
     (folder / "chargpt.py").write_text(f"import os, signal, sys, time\n{text}\n")
     worker.environment["PYTHONPATH"] = str(folder)
 
@@ -112,13 +109,13 @@ def test_a_job_has_its_place_its_output_is_kept_and_its_loss_comes_back(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("print('one'); sys.exit('error: seed=-1: is no seed')", "^seed=-1: is no seed$"),
+        ("print('one'); sys.exit('error: seed=-1: is not a seed')", "^seed=-1: is not a seed$"),
         ("sys.exit(3)", "^exit code 3$"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL; .*output.txt"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
-def test_why_a_job_failed_is_told(
+def test_the_reason_why_a_job_failed_is_reported(
     text: str, reason: str, tmp_path: Path, worker: workers.Worker
 ) -> None:
     stand_in(worker, tmp_path, text)
@@ -126,16 +123,16 @@ def test_why_a_job_failed_is_told(
         worker.resume(tmp_path, [])
 
 
-def test_a_worker_that_is_stopped_lets_its_job_save_and_begins_no_other(
+def test_a_worker_that_is_stopped_lets_its_job_save_and_starts_no_other(
     tmp_path: Path, worker: workers.Worker
 ) -> None:
     save = "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(143)))"
-    begin = "open('begun', 'a').write('x')"
-    text = f"os.chdir({str(tmp_path)!r})\n{save}\n{begin}\ntime.sleep(60)"
+    mark = "open('started', 'a').write('x')"
+    text = f"os.chdir({str(tmp_path)!r})\n{save}\n{mark}\ntime.sleep(60)"
     stand_in(worker, tmp_path, text)
 
     def stop() -> None:
-        while not (tmp_path / "begun").exists():
+        while not (tmp_path / "started").exists():
             time.sleep(0.01)
         worker.stop(signal.SIGINT)
 
@@ -146,10 +143,10 @@ def test_a_worker_that_is_stopped_lets_its_job_save_and_begins_no_other(
             worker.resume(tmp_path, [])
         assert ended.value.code == 128 + signal.SIGINT
     thread.join()
-    assert (tmp_path / "saved").exists() and (tmp_path / "begun").read_text() == "x"
+    assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"
 
 
-def test_only_workers_that_are_there_are_asked_to_end(
+def test_only_workers_that_are_running_are_asked_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[tuple[int, int]] = []

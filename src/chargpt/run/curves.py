@@ -5,41 +5,33 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-LINES = {"uniform": "ln V", "unigram": "unigram", "bigram": "bigram"}
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train/loss": ("train", {"color": "#0072B2", "linewidth": 1.2}),
+    "val/loss": ("validation", {"color": "#D55E00", "linewidth": 1.8, "marker": "o", "ms": 4}),
+}
+NAMES = {"uniform": "ln V", "unigram": "unigram", "bigram": "bigram"}
+LABEL: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "right", "va": "bottom"}
+LABEL |= {"xytext": (-4, 2), "textcoords": "offset points"}
 
 
 def draw_curves(
-    metrics: list[dict[str, int | float | None]],
-    baselines: dict[str, int | float],
-    title: str,
-    path: Path,
+    metrics: list[dict[str, Any]], baselines: dict[str, float], title: str, path: Path
 ) -> None:
-    """Training and validation loss against steps, with what counting characters alone would reach."""
+    """Training and validation loss against steps, with what counting characters would reach."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label, style in (
-        ("train/loss", "train", dict(color="#0072B2", linewidth=1.2)),
-        ("val/loss", "validation", dict(color="#D55E00", linewidth=1.8, marker="o", markersize=4)),
-    ):
-        points = [
-            (line["trainer/step"], line[name]) for line in metrics if line.get(name) is not None
-        ]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=f"{label} (last {points[-1][1]:.3f})", **style
-            )
+    for name, (label, style) in CURVES.items():
+        known = [line for line in metrics if line.get(name) is not None]
+        if known:
+            steps, losses = ([line[key] for line in known] for key in ("trainer/step", name))
+            axes.plot(steps, losses, label=f"{label} (last {losses[-1]:.3f})", **style)
+    right_end = axes.get_yaxis_transform()
     for name, value in baselines.items():
         axes.axhline(value, color="0.55", linewidth=0.8, linestyle="--")
-        axes.annotate(
-            f"{LINES[name]} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            fontsize=8, color="0.35", xytext=(-4, 2), textcoords="offset points",
-        )  # fmt: skip
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per character)")
+        axes.annotate(f"{NAMES[name]} {value:.2f}", (1, value), xycoords=right_end, **LABEL)
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
     title = "".join(character if character.isprintable() else " " for character in title)[:90]
     axes.set_title(title, fontsize=11, loc="left", parse_math=False)
     axes.grid(alpha=0.25)
@@ -51,6 +43,6 @@ def draw_curves(
 def save(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # an arm's name may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name may be in any script
         figure.savefig(buffer, **options)
     return buffer.getvalue()

@@ -1,5 +1,6 @@
-"""The loss of a model on a whole text, and `chargpt evaluate`."""
+"""The loss of a model on a text, and `chargpt evaluate`."""
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -17,24 +18,20 @@ from chargpt.model import GPT
 from chargpt.parallel import Devices
 from chargpt.run.cache import kept_executables
 from chargpt.texts import read_text
-from chargpt.train import Batch, cast, compute_dtype, cross_entropy
+from chargpt.train import cast, compute_dtype, cross_entropy
 
 TOKENS_PER_BATCH = 16_384
-
-
-def score(
-    model: GPT, inputs: Batch, targets: Batch, weights: Float[Array, "batch t"]
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Summed nats and correct predictions of each window."""
-    logits = jax.vmap(model)(inputs)
-    losses = cross_entropy(logits, targets) * weights
-    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
-    return losses.sum(axis=-1), correct.sum(axis=-1)
+MAX_LISTED = 20  # characters that a message names
 
 
 @eqx.filter_jit
-def _score_jit(model: GPT, batch: Any, dtype: Any) -> tuple[Array, Array]:
-    return score(cast(model, dtype), *batch)
+def score(model: GPT, batch: Any, dtype: Any) -> tuple[Array, Array]:
+    """Summed nats and number of correct predictions, [windows], of (inputs, targets, weights)."""
+    inputs, targets, weights = batch
+    logits = jax.vmap(cast(model, dtype))(inputs)
+    losses = cross_entropy(logits, targets) * weights
+    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+    return losses.sum(axis=-1), correct.sum(axis=-1)
 
 
 def eval_batch_size(windows: Windows) -> int:
@@ -50,7 +47,7 @@ def evaluate(
     precision: Precision,
     devices: Devices | None = None,
 ) -> dict[str, float]:
-    """Loss (nats per character), bits per character and accuracy over all windows: exact and deterministic."""
+    """Loss (nats per character), bits per character and accuracy over all windows, exactly."""
     count = len(windows.inputs)
     batch_size += 0 if devices is None else -batch_size % len(devices)
     padding = ((0, -count % batch_size), (0, 0))
@@ -60,7 +57,7 @@ def evaluate(
         batch = tuple(rows[start : start + batch_size] for rows in split)
         if devices is not None:
             batch = devices.split(jax.tree.map(jnp.asarray, batch))
-        sums = _score_jit(model, batch, compute_dtype(precision))
+        sums = score(model, batch, compute_dtype(precision))
         losses += float(np.asarray(sums[0], np.float64).sum())
         correct += float(np.asarray(sums[1], np.float64).sum())
     loss, accuracy = losses / windows.num_targets, correct / windows.num_targets
@@ -70,7 +67,7 @@ def evaluate(
 def attention_entropy(
     model: GPT, inputs: Int[Array, "windows t"]
 ) -> Float[Array, "layers n"] | None:
-    """Entropy in nats of what each head reads, mean over positions: ln of how many tokens, if it reads them evenly.
+    """Entropy in nats of what each head reads, mean over positions: ln k for k tokens evenly.
 
     None if the attention type has no weights.
     """
@@ -82,9 +79,9 @@ def attention_entropy(
 
 @dataclasses.dataclass
 class EvaluateOptions:
-    """Loss, bits per character and accuracy of a trained model: on its own validation split, or on any whole text."""
+    """Scores of a trained model on its validation split, or on any text: loss, bits, accuracy."""
 
-    run: str | None = None  # run directory; the newest one when left out
+    run: str | None = None  # run directory; by default the newest one
     checkpoint: Which = Which.best  # best | last
     dataset_name: DatasetName | None = None  # null = the run's own validation split
     dataset_filepath: str | None = None  # with dataset.name=file
@@ -94,18 +91,14 @@ class EvaluateOptions:
 def evaluate_run(options: EvaluateOptions) -> None:
     """Print the scores of a saved model, one per line."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
-    config = header.config
+    config, name, filepath = header.config, options.dataset_name, options.dataset_filepath
     note(f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}")
-    if options.dataset_name is None:
-        require(
-            options.dataset_filepath is None, "dataset.filepath: write dataset.name=file beside it"
-        )
+    if name is None:
+        require(filepath is None, "dataset.filepath: write dataset.name=file as well")
         tokens = load_corpus(config.dataset).val
         note(f"{config.dataset.name.name}, validation split: {len(tokens):,} characters")
     else:
-        dataset = dataclasses.replace(
-            config.dataset, name=options.dataset_name, filepath=options.dataset_filepath
-        )
+        dataset = dataclasses.replace(config.dataset, name=name, filepath=filepath)
         tokens = known_tokens(dataset, CharTokenizer(header.vocabulary))
     windows = make_windows(tokens, config.dataset.seq_len)
     scores = evaluate(state.averaged, windows, eval_batch_size(windows), config.trainer.precision)
@@ -115,21 +108,14 @@ def evaluate_run(options: EvaluateOptions) -> None:
 
 
 def known_tokens(dataset: DatasetConfig, tokenizer: CharTokenizer) -> np.ndarray:
-    """The whole text that `dataset` names, without the characters that the vocabulary lacks, which are reported."""
-    text = read_text(dataset)
-    known = set(tokenizer.vocabulary)
+    """The text of `dataset`, except characters that the vocabulary lacks, which are reported."""
+    text, name = read_text(dataset), dataset.name.name
+    counts, known = collections.Counter(text), set(tokenizer.vocabulary)
     kept = "".join(character for character in text if character in known)
-    unknown = {character: text.count(character) for character in sorted(set(text) - known)}
-    note(f"{dataset.name.name}: {len(text):,} characters")
-    if unknown:
-        listed = ", ".join(
-            f"{character!r} x {count}" for character, count in list(unknown.items())[:20]
-        )
-        note(
-            f"left out, not in the model's vocabulary: {len(text) - len(kept):,} characters ({listed})"
-        )
-    require(
-        len(kept) > 1,
-        f"dataset {dataset.name.name}: holds no text that the model's vocabulary could spell",
-    )
+    note(f"{name}: {len(text):,} characters")
+    if unknown := sorted(counts.keys() - known):
+        listed = ", ".join(f"{symbol!r} x {counts[symbol]}" for symbol in unknown[:MAX_LISTED])
+        left_out = f"{len(text) - len(kept):,} characters ({listed})"
+        note(f"left out, not in the model's vocabulary: {left_out}")
+    require(len(kept) > 1, f"dataset {name}: holds no text in the model's vocabulary")
     return tokenizer.encode(kept)

@@ -1,7 +1,8 @@
-"""A training run as computation: a state, compiled steps, and reports as they come. Writes and shows nothing."""
+"""A training run as computation: a state, compiled steps, and reports. Writes and shows nothing."""
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +12,19 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from chargpt import checkpoint
+from chargpt.checkpoint import Header
 from chargpt.config import Config
 from chargpt.corpus import Corpus, make_windows
 from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from chargpt.errors import RunFailed
 from chargpt.generate import generate
+from chargpt.model import GPT
 from chargpt.parallel import choose_devices
 from chargpt.run import cache
 from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
 from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
 from chargpt.train import (
+    Inputs,
     StepMetrics,
     Stream,
     TrainState,
@@ -39,11 +42,7 @@ ENTROPY_WINDOWS = 8  # of the validation split
 RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 Line = dict[str, int | float]
-
-
-def jitted(function: Callable[..., Any], **options: Any) -> Any:
-    """`eqx.filter_jit`, whose annotations know neither compiler options nor `lower`."""
-    return eqx.filter_jit(function, **options)
+jitted: Any = eqx.filter_jit  # its annotations lack compiler options and `lower`
 
 
 class NotFinite(RunFailed):
@@ -52,61 +51,44 @@ class NotFinite(RunFailed):
 
 @dataclasses.dataclass
 class Report:
-    """What is known of the run at a step; while it is looked at, the loop's state is that of `saves`."""
+    """What is known of the run at a step."""
 
-    line: Line
+    line: Line  # of metrics.jsonl
     sample: str = ""
     is_best: bool = False
-    saves: tuple[str, ...] = ()  # checkpoints due now
+    saves: tuple[str, ...] = ()  # checkpoints due now: the loop's state is that of this step
 
     @property
     def evaluated(self) -> bool:
         return "val/loss" in self.line
 
 
-@dataclasses.dataclass
-class Chunk:
-    """Steps that have been dispatched; their metrics may not have been computed yet."""
-
-    end: int
-    num_steps: int
-    metrics: StepMetrics
-    dispatched: float
-
-
 class Loop:
     """The training loop of `config` on `corpus`, from the first step or from a checkpoint."""
 
     def __init__(
-        self,
-        config: Config,
-        corpus: Corpus,
-        restored: tuple[TrainState, checkpoint.Header] | None = None,
+        self, config: Config, corpus: Corpus, restored: tuple[TrainState, Header] | None = None
     ):
         self.config, self.corpus = config, corpus
         self.dtype = compute_dtype(config.trainer.precision)
         self.devices = choose_devices(config.trainer)
-        self.inputs = make_inputs(corpus.train, config)
-        self.step, self.seconds_before = 0, 0.0
-        self.best_val_loss: float | None = None
-        self.best_step: int | None = None
-        runs_once = compiler_options(RUNS_ONCE)
+        inputs, options = make_inputs(corpus.train, config), compiler_options(RUNS_ONCE)
         if restored is None:
             make = functools.partial(init_state, config, len(corpus.tokenizer))
-            state = jitted(make, compiler_options=runs_once)(self.inputs.seed)
+            state, header = jitted(make, compiler_options=options)(inputs.seed), None
         else:
             state, header = restored
-            self.step, self.seconds_before = header.step, header.seconds
-            self.best_val_loss, self.best_step = header.best_val_loss, header.best_step
-        self.state = self.devices.replicate(state)
-        self.inputs = self.devices.replicate(self.inputs)
-        trainer, seq_len = config.trainer, config.dataset.seq_len
-        self.val_windows = make_windows(corpus.val, seq_len, trainer.eval_tokens)
-        self._entropy = jitted(attention_entropy, compiler_options=runs_once)
-        model = self.state.model
-        self.parameters = count_parameters(model)
-        self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
-        self.flops_per_token = flops_per_token(model, seq_len)
+        self.state: TrainState = self.devices.replicate(state)
+        self.inputs = self.devices.replicate(inputs)
+        self.step = header.step if header else 0
+        self.best_val_loss = header.best_val_loss if header else None
+        self.best_step = header.best_step if header else None
+        seq_len = config.dataset.seq_len
+        self.val_windows = make_windows(corpus.val, seq_len, config.trainer.eval_tokens)
+        self._entropy = jitted(attention_entropy, compiler_options=options)
+        self.parameters = count_parameters(self.state.model)
+        self.cache_bytes = kv_cache_bytes_per_token(self.state.model, self.dtype)
+        self.flops_per_token = flops_per_token(self.state.model, seq_len)
         num_gpus = len(self.devices) if jax.default_backend() == "gpu" else 1
         self.peak_flops = measure_peak_flops(self.dtype) * num_gpus
         self.final_val_loss: float | None = None
@@ -114,27 +96,32 @@ class Loop:
         self.trained_tokens, self.trained_seconds, self.last_fetch = 0, 0.0, 0.0
         self.compile_seconds, self.compile_cached = 0.0, False
         self.memory_bytes: int | None = None
+        self.seconds_before = header.seconds if header else 0.0
         self.began = time.perf_counter()
 
     def compile(self) -> None:
         """Compile a chunk of every length that the run needs."""
-        self.began, here, reads = time.perf_counter(), self.step, cache.reads
-        self.compiled: dict[int, Any] = {}
-        while self.step < self.config.trainer.num_steps:
-            length = self._next_boundary() - self.step
-            if length not in self.compiled:
-                self.compiled[length] = self._compile_steps(length)
-            self.step += length
-        self.step = here
+        self.began, reads = time.perf_counter(), cache.reads
+        steps = [self.step, *self._boundaries()]
+        lengths = {end - begin for begin, end in itertools.pairwise(steps)}
+        self.compiled = {length: self._compile_steps(length) for length in lengths}
         self.compile_seconds = time.perf_counter() - self.began
         self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
         self.compile_cached = cache.reads > reads
 
     def _compile_steps(self, num_steps: int) -> Any:
-        def steps(inputs: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
+        def steps(inputs: Inputs, state: TrainState) -> tuple[TrainState, StepMetrics]:
             return train_steps(state, inputs, self.config, num_steps, self.devices)
 
         return jitted(steps, donate="all-except-first").lower(self.inputs, self.state).compile()
+
+    def _boundaries(self) -> Iterator[int]:
+        """The next steps at which something is due: multiples, wherever the run has started."""
+        trainer, step = self.config.trainer, self.step
+        intervals = (trainer.log_every, trainer.eval_every, trainer.checkpoint_every)
+        while step < trainer.num_steps:
+            step = min(trainer.num_steps, *((step // every + 1) * every for every in intervals))
+            yield step
 
     def reports(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Report]:
         """Train to the end, or until `stop()`, reporting one chunk while the next is computed.
@@ -143,48 +130,44 @@ class Loop:
         state of that step, until the next report is asked for.
         """
         trainer, pending = self.config.trainer, None
-        while self.step < trainer.num_steps and not stop():
-            num_steps = self._next_boundary() - self.step
-            self.state, metrics = self.compiled[num_steps](self.inputs, self.state)
-            self.step += num_steps
-            chunk = Chunk(self.step, num_steps, metrics, time.perf_counter())
+        for end in self._boundaries():
+            if stop():
+                break
+            self.state, metrics = self.compiled[end - self.step](self.inputs, self.state)
+            chunk = (end, metrics, time.perf_counter())
+            self.step = end
             if pending is not None:
-                yield Report(self._fetch(pending))
+                yield Report(self._fetch(*pending))
             pending = chunk
-            at_end = self.step == trainer.num_steps
-            if at_end or self.step % trainer.eval_every == 0:
-                yield self._evaluate(self._fetch(pending))
+            if end == trainer.num_steps or end % trainer.eval_every == 0:
+                yield self._evaluate(self._fetch(*pending))
                 pending = None
-            elif self.step % trainer.checkpoint_every == 0:
-                yield Report(self._fetch(pending), saves=("last",))
+            elif end % trainer.checkpoint_every == 0:
+                yield Report(self._fetch(*pending), saves=("last",))
                 pending = None
         if pending is not None:
-            yield Report(self._fetch(pending), saves=("last",))
+            yield Report(self._fetch(*pending), saves=("last",))
 
-    def _next_boundary(self) -> int:
-        """The next step at which something is due, on a grid that does not depend on where the run began."""
-        trainer = self.config.trainer
-        intervals = (trainer.log_every, trainer.eval_every, trainer.checkpoint_every)
-        return min(trainer.num_steps, *((self.step // every + 1) * every for every in intervals))
+    def _fetch(self, step: int, metrics: StepMetrics, dispatched: float) -> Line:
+        """Wait for the metrics of a chunk that ends at `step`, as a line for metrics.jsonl.
 
-    def _fetch(self, chunk: Chunk) -> Line:
-        """Wait for a chunk's metrics, as a line for metrics.jsonl; NotFinite after too many skipped steps."""
-        metrics = jax.tree.map(np.asarray, chunk.metrics)
+        NotFinite after too many skipped steps.
+        """
+        metrics = jax.tree.map(np.asarray, metrics)
         now = time.perf_counter()
-        seconds = now - max(chunk.dispatched, self.last_fetch)
+        seconds = now - max(dispatched, self.last_fetch)
         self.last_fetch = now
         per_step = self.config.trainer.batch_size * self.config.dataset.seq_len
-        tokens = chunk.num_steps * per_step
+        tokens = len(metrics.loss) * per_step
         self.trained_tokens += tokens
         self.trained_seconds += seconds
         most = self.config.trainer.max_skipped_steps
         if metrics.skipped_in_a_row.max() >= most:
-            raise NotFinite(
-                f"stopped at step {chunk.end}: loss or gradient was not finite in {most} steps in a row"
-            )
+            reason = f"loss or gradient was not finite in {most} steps in a row"
+            raise NotFinite(f"stopped at step {step}: {reason}")
         return {
-            "trainer/step": chunk.end,
-            "trainer/tokens": chunk.end * per_step,
+            "trainer/step": step,
+            "trainer/tokens": step * per_step,
             "trainer/seconds": self.seconds(),
             "trainer/skipped_steps": int(metrics.skipped[-1]),
             "train/loss": float(metrics.loss.mean(dtype=np.float64)),
@@ -215,23 +198,23 @@ class Loop:
             self.sample = self.write_sample()
         return Report(line, self.sample, is_best, ("last", "best") if is_best else ("last",))
 
-    def _score(self, model: Any) -> Line:
+    def _score(self, model: GPT) -> dict[str, float]:
         batch_size = eval_batch_size(self.val_windows)
         precision = self.config.trainer.precision
-        return {**evaluate(model, self.val_windows, batch_size, precision, self.devices)}
+        return evaluate(model, self.val_windows, batch_size, precision, self.devices)
 
     def write_sample(self) -> str:
         """`trainer.sample_chars` characters of text from the averaged weights."""
-        tokenizer, context = self.corpus.tokenizer, self.config.dataset.seq_len
+        tokenizer, seq_len = self.corpus.tokenizer, self.config.dataset.seq_len
         prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
         pieces = generate(
             cast(self.devices.first(self.state.averaged), self.dtype),
             tokenizer.encode(prompt),
             self.config.trainer.sample_chars,
-            max_seq_len=context,
+            max_seq_len=seq_len,
             keys=random_key(self.config.seed, Stream.sample, self.step)[None],
             temperature=SAMPLE_TEMPERATURE,
-            tokens_per_piece=max(1, context // 2 - 1),  # one length throughout: one compilation
+            tokens_per_piece=max(1, seq_len // 2 - 1),  # always one length: one compilation
         )
         return "".join(tokenizer.decode(piece[0]) for piece in pieces)
 
@@ -244,5 +227,5 @@ class Loop:
         return self.config.trainer.sample_chars / (time.perf_counter() - begin)
 
     def seconds(self) -> float:
-        """Wall time of training so far, those before a resume included."""
+        """Wall time of training so far, including that before a resume."""
         return self.seconds_before + time.perf_counter() - self.began

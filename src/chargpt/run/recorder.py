@@ -1,10 +1,8 @@
-"""What a run leaves behind and what a person sees of it: metrics, samples, checkpoints, summary, figure, W&B."""
+"""What a run leaves behind, and what a person sees of it."""
 
-import contextlib
 import json
 import platform
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from chargpt.compose import command, quoted
 from chargpt.config import differences
 from chargpt.files import write_durably
 from chargpt.run.console import RunConsole
-from chargpt.run.curves import draw_curves
+from chargpt.run.curves import NAMES, draw_curves
 from chargpt.run.directory import log_metrics, read_metrics, record_sizes, write_config
 from chargpt.run.loop import Loop, Report
 from chargpt.run.machine import device_name, package_versions
@@ -21,15 +19,25 @@ from chargpt.run.tracking import WandbRun
 
 
 class Recorder:
-    """Writes and shows what `loop` reports. A full disk is mentioned and does not end the run."""
+    """Writes and shows what `loop` reports. A full disk is reported and does not end the run."""
 
     def __init__(self, loop: Loop, run_dir: Path, console: RunConsole):
         self.loop, self.run_dir, self.console = loop, run_dir, console
-        self.config = loop.config
-        self.versions = package_versions()
+        self.config, self.versions = loop.config, package_versions()
         self.decode_speed: float | None = None
         self.unsaved: str | None = None  # why the newest checkpoint is not on disk
-        self.derived = self._derived()
+        # What follows from the configuration and is worth comparing runs by.
+        self.derived: dict[str, Any] = {
+            "mha_type": self.config.model.mha_type.name,
+            "num_params": sum(loop.parameters.values()),
+            "kv_cache_bytes_per_token": loop.cache_bytes,
+            "flops_per_token": loop.flops_per_token,
+            "device": device_name(),
+            "num_devices": len(loop.devices),
+            "dataset": self.config.dataset.name.name,
+            "corpus_sha256": loop.corpus.sha256,
+            "versions": {"python": platform.python_version(), **self.versions},
+        }
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         write_config(run_dir, self.config)
         self._show_start()
@@ -37,40 +45,29 @@ class Recorder:
 
     def take(self, report: Report) -> None:
         """Record and show a report of the loop."""
-        line = report.line
-        if report.evaluated and report.sample:
-            step = int(line["trainer/step"])
-            with (
-                self._disk_may_be_full(),
-                open(self.path("samples.txt"), "a", encoding="utf-8") as f,
-            ):
-                f.write(f"=== step {step}\n{report.sample}\n\n")
-            self.wandb.log_sample(step, report.sample)
-        with self._disk_may_be_full():
+        line, sample = report.line, report.sample
+        step = int(line["trainer/step"])
+        try:
             log_metrics(self.run_dir, line)
+            if sample:
+                with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"=== step {step}\n{sample}\n\n")
+        except OSError as error:
+            self.console.say(f"step {step}: not recorded ({error.strerror}); training continues")
+        if sample:
+            self.wandb.log_sample(step, sample)
         self.wandb.log(line)
         self.console.show_step(line, self.loop.best_val_loss)
         if report.evaluated:
-            self.console.show_evaluation(line, report.is_best, report.sample)
+            self.console.show_evaluation(line, report.is_best, sample)
         for name in report.saves:
             self._save(name)
-
-    def path(self, name: str) -> Path:
-        return self.run_dir / name
 
     def checkpoint_path(self, name: str) -> Path:
         return self.run_dir / "checkpoints" / f"{name}.eqx"
 
-    @contextlib.contextmanager
-    def _disk_may_be_full(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            step, reason = self.loop.step, error.strerror
-            self.console.say(f"step {step}: not recorded ({reason}); training continues")
-
     def _save(self, name: str) -> None:
-        """Write checkpoints/NAME.eqx; if the disk refuses, say so and keep the one that is there."""
+        """Write checkpoints/NAME.eqx; if the disk refuses, say so and keep the old one."""
         path = self.checkpoint_path(name)
         try:
             if name == "last" and path.exists():
@@ -79,9 +76,8 @@ class Recorder:
             self.unsaved = None
         except OSError as error:
             self.unsaved = error.strerror
-            self.console.say(
-                f"checkpoint not written ({error.strerror}); training continues, the last good one stays"
-            )
+            problem = f"checkpoint not written ({error.strerror})"
+            self.console.say(f"{problem}; training continues, the last good one stays")
 
     def _header(self) -> checkpoint.Header:
         loop = self.loop
@@ -99,25 +95,27 @@ class Recorder:
 
     # ---- the end
 
-    def finish(self, exit_code: int, pruned: bool) -> None:
+    def finish(self, exit_code: int, stopped: str | None) -> None:
         """Write the summary and the figure, hand over to W&B, show the end."""
         if exit_code == 0:
             self.decode_speed = self.loop.decode_speed()
-        self.write_summary()
-        name, dataset = self.config.wandb.name, self.config.dataset.name.name
-        title = f"{name}: {self.derived['num_params']:,} parameters, {dataset}"
-        metrics = read_metrics(self.path("metrics.jsonl"))
-        draw_curves(metrics, self.loop.corpus.baselines, title, self.path("curves.png"))
-        self.wandb.finish(self.summary(), exit_code)
-        self._show_end(exit_code, pruned)
+        summary, config = self.write_summary(), self.config
+        parameters = f"{self.derived['num_params']:,} parameters"
+        title = f"{config.wandb.name}: {parameters}, {config.dataset.name.name}"
+        metrics, figure = read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "curves.png"
+        draw_curves(metrics, self.loop.corpus.baselines, title, figure)
+        self.wandb.finish(summary, exit_code)
+        self._show_end(summary, stopped)
 
     def fail(self) -> None:
         """Hand over to W&B what there is of a run that an error ended."""
         self.wandb.finish(self.summary(), exit_code=1)
 
-    def write_summary(self) -> None:
-        text = json.dumps(self.summary(), indent=2) + "\n"
-        write_durably(self.path("summary.json"), text.encode())
+    def write_summary(self) -> dict[str, Any]:
+        summary = self.summary()
+        text = json.dumps(summary, indent=2) + "\n"
+        write_durably(self.run_dir / "summary.json", text.encode())
+        return summary
 
     def summary(self) -> dict[str, Any]:
         loop = self.loop
@@ -131,53 +129,36 @@ class Recorder:
             "decode_tokens_per_second": self.decode_speed,
             "peak_memory_bytes": loop.memory_bytes,
             "compile_seconds": loop.compile_seconds,
-            "compile_cached": loop.compile_cached,  # read in those seconds, not compiled
+            "compile_cached": loop.compile_cached,  # read from the cache in those seconds
             "train_seconds": loop.seconds(),
             **self.derived,
-        }
-
-    def _derived(self) -> dict[str, Any]:
-        """What follows from the configuration and is worth comparing runs by."""
-        loop = self.loop
-        return {
-            "mha_type": self.config.model.mha_type.name,
-            "num_params": sum(loop.parameters.values()),
-            "kv_cache_bytes_per_token": loop.cache_bytes,
-            "flops_per_token": loop.flops_per_token,
-            "device": device_name(),
-            "num_devices": len(loop.devices),
-            "dataset": self.config.dataset.name.name,
-            "corpus_sha256": loop.corpus.sha256,
-            "versions": {"python": platform.python_version(), **self.versions},
         }
 
     # ---- what a person sees
 
     def _show_start(self) -> None:
         loop, model, corpus = self.loop, self.config.model, self.loop.corpus
-        seq_len, baselines = self.config.dataset.seq_len, corpus.baselines
         changed = [f"{name}={value}" for name, value in differences(self.config).items()]
+        shared = f"batch shared by {len(loop.devices)}, {self.config.trainer.precision.name}"
+        splits = f"{len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate"
+        losses = [f"{NAMES[name]} {loss:.3f}" for name, loss in corpus.baselines.items()]
+        peak = f"{loop.peak_flops / 1e9:,.0f} GFLOP/s"
+        size, seq_len = loop.cache_bytes, self.config.dataset.seq_len
         facts = {
             "attention": f"{model.mha_type.name} ({'rope' if model.rope else 'no rope'})",
             "options": " ".join(changed) or "all defaults",
-            "device": f"{device_name()}, batch shared by {len(loop.devices)}, "
-            f"{self.config.trainer.precision.name}, "
-            f"{loop.peak_flops / 1e9:,.0f} GFLOP/s in matrix products",
-            "corpus": f"{corpus.name}: {len(corpus.train):,} characters to train on, "
-            f"{len(corpus.val):,} to validate, {len(corpus.tokenizer)} symbols",
-            "baselines": f"ln V {baselines['uniform']:.3f}, unigram {baselines['unigram']:.3f}, "
-            f"bigram {baselines['bigram']:.3f} nats per character",
-            "KV cache": f"{loop.cache_bytes:,} bytes per token, "
-            f"{loop.cache_bytes * seq_len:,} at {seq_len} tokens",
+            "device": f"{self.derived['device']}, {shared}, {peak} in matrix products",
+            "corpus": f"{corpus.name}: {splits}, {len(corpus.tokenizer)} symbols",
+            "baselines": f"{', '.join(losses)} nats per character",
+            "KV cache": f"{size:,} bytes per token, {size * seq_len:,} at {seq_len} tokens",
             "writes to": str(self.run_dir),
         }
         self.console.show_start(facts, loop.parameters)
         blocks = loop.state.model.stacked
         width, usual = blocks.feed_forward.up_proj.out_features, model.ff_width
         if width != usual:  # model.match=params
-            self.console.say(
-                f"note: d_ff is {width} instead of {usual}: as many weights as standard attention would give"
-            )
+            why = "as many weights as standard attention would give"
+            self.console.say(f"note: d_ff is {width} instead of {usual}: {why}")
         if (remark := blocks.attention.remark()) is not None:
             self.console.say(f"note: {remark}")
 
@@ -185,37 +166,28 @@ class Recorder:
         how = "read the compiled" if self.loop.compile_cached else "compiled the"
         self.console.say(f"{how} training step in {self.loop.compile_seconds:.1f} s\n")
 
-    def _show_end(self, exit_code: int, pruned: bool) -> None:
-        loop, summary = self.loop, self.summary()
-        rows: dict[str, Any] = {}
-        if exit_code:
-            rows["stopped"] = f"by a signal at step {loop.step}"
-        elif pruned:
-            rows["stopped"] = f"at step {loop.step}: others were better there"
-        if loop.best_val_loss is not None:
-            best = f"{loop.best_val_loss:.4f} nats per character, at step {loop.best_step}"
-            rows["best validation loss"] = best
-            rows["bigram baseline"] = f"{loop.corpus.baselines['bigram']:.4f}"
+    def _show_end(self, summary: dict[str, Any], stopped: str | None) -> None:
+        loop, best, speed = self.loop, summary["best/val_loss"], summary["tokens_per_second"]
+        at_best = f"nats per character, at step {loop.best_step}"
         seconds = f"{summary['train_seconds']:.1f} s, compilation and evaluation included"
-        rows["training"] = f"{loop.step:,} steps in {seconds}"
-        if summary["tokens_per_second"]:
-            rows["speed"] = f"{summary['tokens_per_second']:,.0f} tokens/s"
-        rows["figure"] = str(self.path("curves.png"))
-        if self.wandb.url:
-            rows["W&B"] = self.wandb.url
-        here = Path.cwd()
-        inside = self.run_dir.is_relative_to(here)
-        path = str(self.run_dir.relative_to(here) if inside else self.run_dir)
-        where, resume = shlex.quote(path), f"resume={quoted(path)}"
-        commands = {
-            "write more text": f'chargpt sample run={where} prompt="HAMLET:"',
-            "score another text": f"chargpt evaluate run={where} dataset.name=file dataset.filepath=TEXT",
+        facts = {
+            "stopped": stopped,
+            "best validation loss": None if best is None else f"{best:.4f} {at_best}",
+            "bigram baseline": f"{loop.corpus.baselines['bigram']:.4f}",
+            "training": f"{loop.step:,} steps in {seconds}",
+            "speed": None if speed is None else f"{speed:,.0f} tokens/s",
+            "figure": str(self.run_dir / "curves.png"),
+            "W&B": self.wandb.url,
         }
-        if loop.step < self.config.trainer.num_steps:
-            commands = {"continue": command([resume])} | commands
-        else:
-            longer = f"trainer.num_steps={2 * loop.step}"
-            commands["train longer"] = command([resume, longer])
-        if self.wandb.sync_command:
-            commands["send this offline run to Weights & Biases"] = self.wandb.sync_command
-        self.console.show_end(rows, loop.sample, commands)
+        path = str(self.run_dir).removeprefix(f"{Path.cwd()}/")
+        run, text = f"run={shlex.quote(path)}", "dataset.name=file dataset.filepath=TEXT"
+        resume, longer = f"resume={quoted(path)}", f"trainer.num_steps={2 * loop.step}"
+        finished = loop.step >= self.config.trainer.num_steps
+        commands = {
+            "continue": None if finished else command([resume]),
+            "write more text": f'chargpt sample {run} prompt="HAMLET:"',
+            "score another text": f"chargpt evaluate {run} {text}",
+            "train longer": command([resume, longer]) if finished else None,
+            "send this offline run to Weights & Biases": self.wandb.sync_command,
+        }
+        self.console.show_end(facts, loop.sample, commands)

@@ -1,12 +1,12 @@
-"""Start a run, or continue one: the loop and its recorder, from a configuration to the best validation loss."""
+"""Start a run or continue one: from a configuration to the best validation loss."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chargpt.checkpoint import Header
 from chargpt.config import Config
-from chargpt.corpus import Corpus, load_corpus
-from chargpt.errors import ConfigError, RunFailed
+from chargpt.corpus import load_corpus
+from chargpt.errors import RunFailed, require
 from chargpt.parallel import offer_cpu_devices
 from chargpt.run import cache
 from chargpt.run.console import RunConsole
@@ -15,97 +15,91 @@ from chargpt.run.loop import Loop, NotFinite
 from chargpt.run.process import StopSignal, lock
 from chargpt.run.recorder import Recorder
 from chargpt.run.resume import check_corpus, restore
-from chargpt.train import TrainState
 
-# (step, validation loss) at every evaluation: whether to give the run up there
+# (step, validation loss) at every evaluation: whether to give the run up there.
 Watch = Callable[[int, float], bool]
+ADVICE = "try a smaller optimizer.learning_rate"
 
 
 def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
-    """Train the model that `config` describes, leaving everything in `run_dir`; the best validation loss.
+    """Train the model of `config`, leaving everything in `run_dir`; the best validation loss.
 
-    SystemExit with the conventional code (128 + signal) if a signal stopped it; it has saved by then.
+    If a signal stops it, it saves and raises SystemExit with the usual code (128 + signal).
     """
-    console = RunConsole()
-    offer_cpu_devices()
-    with lock(run_dir), cache.kept_executables(console.say), StopSignal() as stop:
-        if (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{run_dir}: already holds a run; write resume={run_dir}, or another hydra.run.dir=DIR"
-            )
-        return drive(config, run_dir, load_corpus(config.dataset), console, stop, watch)
+    with _process(run_dir) as (console, stop):
+        new = not (run_dir / "metrics.jsonl").exists()
+        require(new, f"{run_dir}: already holds a run; write resume={run_dir} or hydra.run.dir=DIR")
+        loop = Loop(config, load_corpus(config.dataset))
+        return _drive(loop, run_dir, console, stop, watch)
 
 
 def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) -> float:
-    """Continue the run in `run_dir`, its configuration changed only by `overrides`; otherwise as `train`."""
-    console = RunConsole()
-    offer_cpu_devices()
-    with lock(run_dir), cache.kept_executables(console.say), StopSignal() as stop:
+    """Continue the run in `run_dir`, changed only by `overrides`; otherwise like `train`."""
+    with _process(run_dir) as (console, stop):
         config, restored = restore(run_dir, overrides, console.say)
         corpus, sizes = load_corpus(config.dataset), {}
         if restored is not None:
             header = restored[1]
             check_corpus(header, corpus)
             if header.step >= config.trainer.num_steps and header.best_val_loss is not None:
-                console.say(
-                    f"already complete at step {header.step}: write a larger trainer.num_steps to continue"
-                )
+                choice = "write a larger trainer.num_steps to continue"
+                console.say(f"already complete at step {header.step}; {choice}")
                 return header.best_val_loss
             sizes = header.record_sizes
         cut_records(run_dir, sizes)
-        return drive(config, run_dir, corpus, console, stop, watch, restored)
+        return _drive(Loop(config, corpus, restored), run_dir, console, stop, watch)
 
 
 def train_or_resume(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
-    """Train in `run_dir`, or continue the run that is there already."""
-    begun = (run_dir / "config.yaml").exists()
-    return resume(run_dir, [], watch) if begun else train(config, run_dir, watch)
+    """Train in `run_dir`, or continue the run that is already there."""
+    if (run_dir / "config.yaml").exists():
+        return resume(run_dir, [], watch)
+    return train(config, run_dir, watch)
 
 
-def drive(
-    config: Config,
-    run_dir: Path,
-    corpus: Corpus,
-    console: RunConsole,
-    stop: StopSignal,
-    watch: Watch | None = None,
-    restored: tuple[TrainState, Header] | None = None,
+@contextlib.contextmanager
+def _process(run_dir: Path) -> Iterator[tuple[RunConsole, StopSignal]]:
+    """Console and stop signal of the only process that trains in `run_dir`."""
+    console = RunConsole()
+    offer_cpu_devices()
+    with lock(run_dir), cache.kept_executables(console.say), StopSignal() as stop:
+        yield console, stop
+
+
+def _drive(
+    loop: Loop, run_dir: Path, console: RunConsole, stop: StopSignal, watch: Watch | None
 ) -> float:
     """Run to the end, to a signal, or until `watch` gives up; the best validation loss."""
-    loop = Loop(config, corpus, restored)
     recorder = Recorder(loop, run_dir, console)
-    pruned = False
+    num_steps, stopped = loop.config.trainer.num_steps, None
     try:
         loop.compile()
         recorder.say_compiled()
-        with console.progress(config.trainer.num_steps, loop.step):
+        with console.progress(num_steps, loop.step):
             for report in loop.reports(stop.requested):
                 recorder.take(report)
-                may_stop = report.evaluated and loop.step < config.trainer.num_steps
-                if watch is not None and may_stop and watch(loop.step, report.line["val/loss"]):
-                    pruned = True
+                loss = report.line.get("val/loss")
+                if watch and loss is not None and loop.step < num_steps and watch(loop.step, loss):
+                    stopped = f"at step {loop.step}: others were better there"
                     break
-        exit_code = 0 if stop.number is None else 128 + stop.number
-        recorder.finish(exit_code, pruned)
+        exit_code = 0
+        if stop.number is not None:
+            exit_code, stopped = 128 + stop.number, f"by a signal at step {loop.step}"
+        recorder.finish(exit_code, stopped)
     except NotFinite as error:
         recorder.write_summary()
         recorder.fail()
         last = recorder.checkpoint_path("last")
-        kept = (
-            f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written"
-        )
-        raise RunFailed(f"{error}; {kept}; try a smaller optimizer.learning_rate") from None
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+        raise RunFailed(f"{error}; {kept}; {ADVICE}") from None
     except BaseException:
         recorder.fail()
         raise
     if recorder.unsaved is not None:
-        raise RunFailed(
-            f"the last checkpoint could not be written ({recorder.unsaved}); free the disk and resume"
-        )
+        problem = f"the last checkpoint could not be written ({recorder.unsaved})"
+        raise RunFailed(f"{problem}; free the disk and resume")
     if exit_code:
         raise SystemExit(exit_code)
     if loop.best_val_loss is None:
-        raise RunFailed(
-            "the validation loss was never a finite number; try a smaller optimizer.learning_rate"
-        )
+        raise RunFailed(f"the validation loss was never a finite number; {ADVICE}")
     return loop.best_val_loss

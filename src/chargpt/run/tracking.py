@@ -1,9 +1,11 @@
-"""Where a run's numbers go: metrics.jsonl always, Weights & Biases beside it. The only file that imports wandb.
+"""Weights & Biases, in addition to metrics.jsonl: the only module that imports wandb.
 
-W&B never stops, delays or alters training: it lives behind a queue on a thread of its own, every wait for it is bounded,
-and when it fails the run says so once and goes on; metrics.jsonl is complete either way.
+W&B never stops, delays or alters training. It runs behind a queue on its own thread, every wait for
+it is bounded, and if it fails, the run reports that once and continues; metrics.jsonl is complete
+either way.
 """
 
+import functools
 import os
 import queue
 import shlex
@@ -15,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from chargpt.config import Config, Mode, to_plain
+from chargpt.errors import one_line
 
-INIT_TIMEOUT = 20.0  # seconds, each of them a bound
+# Upper bounds in seconds.
+INIT_TIMEOUT = 20.0
 PROBE_TIMEOUT = 5.0
 FINISH_TIMEOUT = 20.0
-TABLE_TIMEOUT = 20.0  # wandb's own, 17.5, and a little
+TABLE_TIMEOUT = 20.0  # wandb's own, 17.5, and a little more
+MAX_REASON = 200  # characters of wandb's errors
 
 
 class WandbRun:
     """One Weights & Biases run, online or offline, behind a queue.
 
-    `say` prints a line to the person. `id` is the W&B run id (None: W&B is off); it is kept in wandb/run_id, so that a
-    resumed run is the same W&B run.
+    `say` prints a line to the person. `id` is the W&B run id (None: W&B is off), kept in
+    wandb/run_id, so that a resumed run is the same W&B run.
     """
 
     def __init__(
@@ -40,32 +45,29 @@ class WandbRun:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._run: Any = None
         self._exit_code = 0
+        self._failed = False
         self._tables_arrive = True
-        self._thread: threading.Thread | None = None
-        self._failed = config.mode is Mode.disabled
-        if self._failed:
-            return
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
         started = threading.Event()
-        self._tasks.put(lambda: self._init(config, derived, run_dir, started))
-        if not started.wait(2 * INIT_TIMEOUT + PROBE_TIMEOUT):
-            self._fail("it did not start in time")
+        run = (started, config, derived, run_dir)
+        self._thread = threading.Thread(target=self._work, args=run, name="wandb", daemon=True)
+        if config.mode is not Mode.disabled:
+            self._thread.start()
+            if not started.wait(2 * INIT_TIMEOUT + PROBE_TIMEOUT):
+                self._fail("it did not start in time")
 
     def log(self, metrics: dict[str, int | float]) -> None:
-        if self._thread is not None:  # else nobody would take it from the queue
+        if self._thread.is_alive():
             self._tasks.put(lambda: self._run.log(metrics))
 
     def log_sample(self, step: int, text: str) -> None:
-        if self._thread is None:
-            return
         self._samples.append((step, text))
         rows = list(self._samples)
-        self._tasks.put(lambda: self._log_samples(step, rows))
+        if self._thread.is_alive():
+            self._tasks.put(lambda: self._log_samples(step, rows))
 
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
         """Hand over the summary and wait, a bounded time, until W&B has it."""
-        if self._thread is None:
+        if not self._thread.is_alive():
             return
         self._exit_code = exit_code
         self._tasks.put(lambda: self._run.summary.update(summary))
@@ -76,7 +78,9 @@ class WandbRun:
         if self._failed:
             abandon_service()
 
-    def _work(self) -> None:
+    def _work(self, started: threading.Event, *run: Any) -> None:
+        self._attempt(lambda: self._start(*run))
+        started.set()
         while (task := self._tasks.get()) is not None:
             if not self._failed:
                 self._attempt(task)
@@ -90,36 +94,25 @@ class WandbRun:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
-        if not self._failed:
-            self._failed = True
-            if self._run is not None:
-                self.sync_command = sync_command(
-                    self._run
-                )  # wandb-core writes to disk before it sends
-            self._say(
-                f"W&B: stopped ({' '.join(reason.split())[:200]}); training goes on, metrics.jsonl has everything"
-            )
-
-    def _init(
-        self, config: Config, derived: dict[str, Any], run_dir: Path, started: threading.Event
-    ) -> None:
-        try:
-            self._start(config, derived, run_dir)
-        finally:
-            started.set()
+        if self._failed:
+            return
+        self._failed = True
+        if self._run is not None:
+            self.sync_command = sync_command(self._run)  # wandb-core writes to disk first
+        problem = f"W&B: stopped ({one_line(reason)[:MAX_REASON]})"
+        self._say(f"{problem}; training continues, metrics.jsonl has everything")
 
     def _start(self, config: Config, derived: dict[str, Any], run_dir: Path) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # else even an offline run opens a connection
+        # Otherwise even an offline run opens a connection.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        online = config.mode is Mode.online
+        if online and (reason := why_not_online(own_settings())):
+            self._say(f"W&B: {reason}; this run is logged offline")
+            online = False
         id_file = run_dir / "wandb" / "run_id"
         run_id = id_file.read_text().strip() if id_file.is_file() else None
-        mode: Any = config.mode.name
-        if config.mode is Mode.online and (reason := why_not_online(own_settings())):
-            self._say(f"W&B: {reason}; this run is logged offline")
-            mode = "offline"
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -128,12 +121,9 @@ class WandbRun:
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
         )
-        arguments: dict[str, Any] = dict(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            group=config.wandb.group,
-            name=config.wandb.name,
-            tags=config.wandb.tags,
+        start = functools.partial(
+            wandb.init,
+            **vars(config.wandb),
             config=to_plain(config) | derived,
             dir=run_dir,
             id=run_id,
@@ -142,24 +132,23 @@ class WandbRun:
             settings=settings,
         )
         try:
-            self._run = wandb.init(mode=mode, **arguments)
+            self._run = start(mode="online" if online else "offline")
         except Exception as error:
-            if mode != "online":
+            if not online:
                 raise
-            self._say(
-                f"W&B: the server refused the run ({' '.join(str(error).split())[:200]}); it is logged offline"
-            )
-            mode = "offline"
-            self._run = wandb.init(mode=mode, **arguments)
+            problem = f"W&B: the server refused the run ({one_line(error)[:MAX_REASON]})"
+            self._say(f"{problem}; it is logged offline")
+            online = False
+            self._run = start(mode="offline")
         self.id = self._run.id
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(f"{self.id}\n")
         self._run.define_metric("*", step_metric="trainer/step")
-        if mode == "offline":
-            self.sync_command = sync_command(self._run)
-        else:
+        if online:
             self.url = self._run.url
             self._say(f"W&B: {self.url}")
+        else:
+            self.sync_command = sync_command(self._run)
 
     def _log_samples(self, step: int, rows: list[tuple[int, str]]) -> None:
         import wandb
@@ -169,18 +158,18 @@ class WandbRun:
         table = wandb.Table(columns=["step", "text"], data=rows)
         try:
             self._run.log({"samples": table, "trainer/step": step})
-        except (
-            wandb.Error
-        ):  # a table alone asks the server, and waits long for one that is gone: not a second time
+        except wandb.Error:
+            # Only a table asks the server, and waits long for one that is gone: do not try again.
             self._tables_arrive = False
 
 
 def sync_command(run: Any) -> str:
-    return f"wandb sync {'' if run.offline else '--include-online '}{shlex.quote(str(Path(run.dir).parent))}"
+    include = "" if run.offline else "--include-online "
+    return f"wandb sync {include}{shlex.quote(str(Path(run.dir).parent))}"
 
 
 def abandon_service() -> None:
-    """End wandb-core at once, so that neither the interpreter's exit nor the next run in this process waits for it."""
+    """End wandb-core at once: neither the interpreter's exit nor the next run may wait for it."""
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.service import service_token
 
@@ -203,18 +192,15 @@ def own_settings() -> Any:
 
 
 def why_not_online(settings: Any) -> str | None:
-    """The reason an online run cannot start, or None. Asked first: a failed online start can spoil an offline one."""
+    """Why an online run cannot start, or None. Its failed start could spoil an offline one."""
     import wandb
     from wandb.sdk.lib import wbauth
 
     try:
-        key = (
-            os.environ.get("WANDB_API_KEY")
-            or settings.api_key
-            or wbauth.read_netrc_auth(host=settings.base_url)
-        )
+        key = os.environ.get("WANDB_API_KEY") or settings.api_key
+        key = key or wbauth.read_netrc_auth(host=settings.base_url)
     except wandb.Error as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     if not key:
         return "no API key (write `wandb login`, or set WANDB_API_KEY)"
     try:

@@ -13,12 +13,11 @@ import numpy as np
 from chargpt.checkpoint import Header, Which, open_run
 from chargpt.compose import compose, slug
 from chargpt.corpus import CharTokenizer
-from chargpt.errors import ConfigError, require
-from chargpt.generate import generate
+from chargpt.errors import require
 from chargpt.model import GPT
 from chargpt.run import start
 from chargpt.run.directory import Record, read_run
-from chargpt.train import Stream, cast, compute_dtype, random_key
+from chargpt.run.sample import SampleOptions, continue_text, encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,35 +34,26 @@ class TrainedRun:
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a text; ConfigError naming the characters that the model does not know."""
-        try:
-            return self.tokenizer.encode(text)
-        except ValueError as error:
-            known = self.header.vocabulary
-            message = f"prompt: {error}; {self.record.path} knows {known!r}"
-            raise ConfigError(message) from None
+        return encode_prompt(self.header, text)
 
     def sample(
         self, prompt: str = "\n", num_chars: int = 500, temperature: float = 0.8, seed: int = 0
     ) -> str:
-        """`prompt` continued by `num_chars` characters; temperature 0: always the most likely one."""
-        pieces = generate(
-            cast(self.model, compute_dtype(self.header.config.trainer.precision)),
-            self.encode(prompt),
-            num_chars,
-            max_seq_len=self.header.config.dataset.seq_len,
-            keys=jax.random.split(random_key(seed, Stream.sample), 1),
-            temperature=temperature,
+        """`prompt` and `num_chars` more characters; temperature 0: always the most likely one."""
+        options = SampleOptions(
+            prompt=prompt, num_chars=num_chars, temperature=temperature, seed=seed
         )
-        return prompt + "".join(self.tokenizer.decode(piece[0]) for piece in pieces)
+        pieces = continue_text(self.model, self.header, options)
+        return prompt + "".join(text for (text,) in pieces)
 
     def attention_weights(self, text: str) -> np.ndarray | None:
-        """[layers, heads, t, s]: how much every head reads of each character of `text`; None if it has no weights."""
+        """[layers, heads, t, s]: how much every head reads of each character of `text`.
+
+        None if the attention type has no weights.
+        """
         tokens, context = self.encode(text), self.header.config.dataset.seq_len
-        require(
-            len(tokens) <= context,
-            f"prompt: has {len(tokens)} characters, {self.record.path} reads {context}; "
-            "write a shorter one",
-        )
+        problem = f"has {len(tokens)} characters, {self.record.path} reads {context}"
+        require(len(tokens) <= context, f"prompt: {problem}; write a shorter one")
         weights = eqx.filter_jit(GPT.attention_weights)(self.model, jnp.asarray(tokens))
         return None if weights is None else np.asarray(jax.device_get(weights), np.float64)
 
@@ -71,9 +61,10 @@ class TrainedRun:
 def train(overrides: Sequence[str], run_dir: str | Path | None) -> TrainedRun:
     """`chargpt.train`."""
     config = compose(tuple(overrides))
-    now = datetime.datetime.now()
-    default = f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S}_{slug(config.wandb.name)}"
-    path = Path(default if run_dir is None else run_dir)
+    if run_dir is None:
+        started = f"{datetime.datetime.now():%Y-%m-%d/%H-%M-%S}"
+        run_dir = f"outputs/{started}_{slug(config.wandb.name)}"
+    path = Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
     start.train(config, path)
     return load(path, "best")

@@ -12,7 +12,8 @@ from chargpt.errors import one_line
 from chargpt.run.directory import Record
 
 MAX_NAME = 40  # characters of an arm's name
-MAX_VALUE = 24  # and of a value in it
+MAX_VALUE = 24  # characters of a value in it
+TYPE = "model.mha_type"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone, one for each seed."""
+    """Runs that differ only in their seed, one for each seed."""
 
     name: str  # the settings that set it apart from the other arms
     runs: dict[int, Record]
 
+    @property
+    def first_run(self) -> Record:
+        """The run with the lowest seed."""
+        return self.runs[min(self.runs)]
+
     def estimate(self, name: str) -> Estimate | None:
-        """Of a number of summary.json, over the seeds."""
+        """Mean and spread over the seeds of a number in summary.json."""
         return Estimate.of(run.number(name) for run in self.runs.values())
 
     def difference(self, other: "Arm") -> dict[int, float]:
@@ -52,57 +58,45 @@ def group(records: Sequence[Record]) -> tuple[list[Arm], list[str]]:
     remarks: list[str] = []
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
+        steps, seed = record.config.trainer.num_steps, record.config.seed
         if not record.finished:
-            step = int(
-                record.number("final/step")
-                or max((line["trainer/step"] for line in record.metrics), default=0)
-            )
-            steps = record.config.trainer.num_steps
+            logged = max((line["trainer/step"] for line in record.metrics), default=0)
+            step = int(record.number("final/step") or logged)
             remarks.append(f"left out, not finished: {record.path} (step {step} of {steps})")
             continue
         runs = groups.setdefault(json.dumps(record.settings(), sort_keys=True), {})
-        if record.config.seed in runs:
-            remarks.append(
-                f"left out, a repetition of the same seed: {runs[record.config.seed].path}"
-            )
-        runs[record.config.seed] = record
+        if seed in runs:
+            remarks.append(f"left out, a repetition of the same seed: {runs[seed].path}")
+        runs[seed] = record
     names = name_arms([next(iter(runs.values())) for runs in groups.values()])
-    return [Arm(name, runs) for name, runs in zip(names, groups.values(), strict=True)], remarks
+    return list(map(Arm, names, groups.values())), remarks
 
 
 def name_arms(records: Sequence[Record]) -> list[str]:
-    """What sets each of some runs apart, as short as it can be said: `mqa`, `mqa match=params`.
+    """What sets each of some runs apart, in as few words as possible: `mqa`, `mqa match=params`.
 
     If that is long, the name that the run was given (wandb.name), numbered if two have the same.
     """
     settings = [record.settings() for record in records]
-    differing = (
-        [name for name in settings[0] if len({str(one[name]) for one in settings}) > 1]
-        if settings
-        else []
-    )
+    every = settings[0] if settings else {}
+    differing = [name for name in every if len({str(one[name]) for one in settings}) > 1]
     last_parts = [name.rpartition(".")[2] for name in differing]
-    short = {
-        name: last if last_parts.count(last) == 1 else name
+    labels = {
+        name: name if last_parts.count(last) > 1 else last
         for name, last in zip(differing, last_parts, strict=True)
+        if name != TYPE
     }
 
     def describe(one: dict[str, Any]) -> str:
-        kind = [one["model.mha_type"]] if "model.mha_type" in differing or not differing else []
-        others = [
-            f"{short[name]}={spell(one[name])[:MAX_VALUE]}"
-            for name in differing
-            if name != "model.mha_type"
-        ]
-        return " ".join(kind + others)
+        kind = [one[TYPE]] if TYPE in differing or not differing else []
+        values = [f"{label}={spell(one[name])[:MAX_VALUE]}" for name, label in labels.items()]
+        return one_line(" ".join(kind + values))
 
-    names = [one_line(describe(one)) for one in settings]
+    names = list(map(describe, settings))
     if max(map(len, names), default=0) <= MAX_NAME and len(set(names)) == len(names):
         return names
-    given = [
-        one_line(re.sub(r" seed=\d+", "", record.config.wandb.name))[:MAX_NAME]
-        for record in records
-    ]
+    typed = [re.sub(r" seed=\d+", "", record.config.wandb.name) for record in records]
+    given = [one_line(name)[:MAX_NAME] for name in typed]
     return [
         f"{name} ({given[: number + 1].count(name)})" if given.count(name) > 1 else name
         for number, name in enumerate(given)

@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import io
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from rich.text import Text
 
 from chargpt.config import to_yaml
 from chargpt.errors import one_line, require
-from chargpt.run.directory import Record, find_runs, read_run
+from chargpt.run.directory import find_runs, read_run
 from chargpt.study import figures, page
 from chargpt.study.arms import Arm, Estimate, group
+from chargpt.study.page import Cell
 
 # Characters of the table, at least: on a narrower terminal its lines wrap, and nothing is left out.
 WIDTH = 100
-Cell = tuple[str, float | str | None]  # as a person reads it, and what it stands for
 
 
 @dataclasses.dataclass
@@ -29,18 +29,18 @@ class CompareOptions:
     """Tables and a page of figures that compare runs; runs that differ only by seed are an arm."""
 
     paths: tuple[str, ...] = ()  # run directories, folders of them, files in them, globs
-    out: str | None = (
-        None  # the files to write, without their ending; null = comparison, in the folder given
-    )
+    out: str | None = None  # the files to write, without endings; null = comparison, in the folder
     title: str = "What attention costs, and what it buys"
 
     def __post_init__(self) -> None:
         require(bool(self.paths), "compare: needs runs; write chargpt compare outputs/… multirun/…")
+        if self.out:
+            page.check_stem(self.out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Arms, and what a reader must know beside their numbers."""
+    """Arms, and what a reader must know about their numbers."""
 
     arms: list[Arm]
     remarks: list[str]
@@ -50,26 +50,23 @@ def compare(options: CompareOptions, ranked: bool = False) -> None:
     """Print the table; write the page, Markdown, CSV and figure. `ranked`: best arms first."""
     result = read_comparison(options.paths)
     out = Path(options.out) if options.out else default_place(options.paths)
-    require(out.name not in ("", ".."), f"out={options.out}: is a folder; write out=FOLDER/NAME")
     show(result, Console(highlight=False, width=max(Console().width, WIDTH)), ranked)
     for path in write(result, out, options.title):
         print(path)
 
 
 def read_comparison(paths: Sequence[str]) -> Comparison:
-    """The comparison of all finished runs in `paths`; ConfigError where there is none."""
+    """The comparison of all finished runs in `paths`; ConfigError if there is none."""
     arms, left_out = group([read_run(path) for path in find_runs(paths)])
-    require(
-        bool(arms),
-        f"{' '.join(paths)}: no run there is finished; " + one_line("; ".join(left_out[:3])),
-    )
+    why = one_line("; ".join(left_out[:3]))
+    require(bool(arms), f"{' '.join(paths)}: no run there is finished; {why}")
     return Comparison(arms, left_out + doubts(arms))
 
 
 def default_place(paths: Sequence[str]) -> Path:
-    """`comparison` in the one folder given, or else where one stands."""
-    alone = len(paths) == 1 and Path(paths[0]).is_dir()
-    return (Path(paths[0]) if alone else Path()) / "comparison"
+    """`comparison` in the folder given, if it is a single one, otherwise in the current one."""
+    is_folder = len(paths) == 1 and Path(paths[0]).is_dir()
+    return (Path(paths[0]) if is_folder else Path()) / "comparison"
 
 
 def doubts(arms: Sequence[Arm]) -> list[str]:
@@ -77,45 +74,54 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
     runs = [run for arm in arms for run in arm.runs.values()]
     found = []
 
-    def differ(what: str, values: Sequence[Any], consequence: str) -> None:
+    def differ(what: str, values: Iterable[Any], consequence: str) -> None:
         distinct = list(dict.fromkeys(map(str, values)))
         if len(distinct) > 1:
-            found.append(
-                f"{what} differ ({', '.join(value[:40] for value in distinct)}): {consequence}"
-            )
+            listed = ", ".join(value[:40] for value in distinct)
+            found.append(f"{what} differ ({listed}): {consequence}")
 
-    differ("texts", [run.corpus[:12] for run in runs], "their losses cannot be compared")
-    differ(
-        "devices", [run.summary.get("device") for run in runs], "their speeds cannot be compared"
-    )
-    differ("versions of jax", [run.jax for run in runs], "nor quite their speeds")
-    tokens = [
-        run.config.trainer.num_steps * run.config.trainer.batch_size * run.config.dataset.seq_len
-        for run in runs
-    ]
-    differ(
-        "training tokens", [f"{count:,}" for count in tokens], "so do the budgets behind the losses"
-    )
-    single = [arm.name for arm in arms if len(arm.runs) == 1]
+    speeds = "their speeds cannot be compared"
+    differ("texts", (run.corpus[:12] for run in runs), "their losses cannot be compared")
+    differ("devices", (run.summary.get("device") for run in runs), speeds)
+    differ("versions of jax", (run.jax for run in runs), "their speeds are hardly comparable")
+    trainers = [(run.config.trainer, run.config.dataset.seq_len) for run in runs]
+    tokens = [f"{t.num_steps * t.batch_size * seq_len:,}" for t, seq_len in trainers]
+    differ("training tokens", tokens, "their losses come from different budgets")
+    single = ", ".join(arm.name for arm in arms if len(arm.runs) == 1)
     if single and len(arms) > 1:
-        found.append(f"one seed alone, so no spread: {', '.join(single)}; add seed=0,1,2")
-    unpaired = [arm.name for arm in arms[1:] if not arm.difference(arms[0])]
+        found.append(f"only one seed, so no spread: {single}; add seed=0,1,2")
+    unpaired = ", ".join(arm.name for arm in arms[1:] if not arm.difference(arms[0]))
     if unpaired:
-        found.append(
-            f"no seed in common with {arms[0].name}, so no paired difference: {', '.join(unpaired)}"
-        )
+        paired = f"no seed in common with {arms[0].name}, so no paired difference"
+        found.append(f"{paired}: {unpaired}")
     return found
 
 
 # ---- the table
 
+NUMBERS = {  # column: name in summary.json, unit
+    "params": ("num_params", ""),
+    "cache B/token": ("kv_cache_bytes_per_token", ""),
+    "train tok/s": ("tokens_per_second", ""),
+    "decode tok/s": ("decode_tokens_per_second", ""),
+    "memory": ("peak_memory_bytes", "B"),
+    "time": ("train_seconds", "s"),
+}
+COLUMNS = ("arm", "seeds", "best val loss", "minus first", *NUMBERS)
+EXPLANATION = (
+    "Best loss over the whole validation split, in nats per character: mean ± sample standard "
+    "deviation over seeds. 'Minus first' is the difference to the first arm, taken seed by seed. "
+    "Cache: bytes that a token leaves in the KV cache. Speeds: tokens per second of the training "
+    "loop, and of sampling one text. Memory: what XLA allots to the compiled training step on each "
+    "device. Time: wall time of a run, compilation and evaluation included."
+)
 
-def plus_minus(estimate: Estimate | None, digits: str) -> str:
+
+def plus_minus(estimate: Estimate | None, sign: str = "") -> Cell:
     if estimate is None:
-        return "-"
-    return f"{estimate.mean:{digits}}" + (
-        "" if estimate.spread is None else f" ± {estimate.spread:{digits.lstrip('+')}}"
-    )
+        return "-", None
+    spread = "" if estimate.spread is None else f" ± {estimate.spread:.4f}"
+    return f"{estimate.mean:{sign}.4f}{spread}", estimate.mean
 
 
 def short(value: float | None, unit: str = "") -> str:
@@ -128,116 +134,67 @@ def short(value: float | None, unit: str = "") -> str:
     return f"{value:.3g}{unit}" if value < 100 else f"{value:.0f}{unit}"
 
 
-def mean_of(arm: Arm, name: str) -> float | None:
-    estimate = arm.estimate(name)
-    return estimate.mean if estimate else None
-
-
-def mean_loss(arm: Arm) -> float:
-    """Of its runs, which are all finished."""
-    return statistics.fmean(run.best_loss for run in arm.runs.values())
-
-
-def loss_cell(arm: Arm, first: Arm) -> Cell:
-    return plus_minus(arm.estimate("best/val_loss"), ".4f"), mean_of(arm, "best/val_loss")
-
-
-def difference_cell(arm: Arm, first: Arm) -> Cell:
-    estimate = None if arm is first else Estimate.of(arm.difference(first).values())
-    return plus_minus(estimate, "+.4f"), estimate.mean if estimate else None
-
-
-def number_cell(name: str, unit: str = "") -> Callable[[Arm, Arm], Cell]:
-    return lambda arm, first: (short(mean_of(arm, name), unit), mean_of(arm, name))
-
-
-COLUMNS: dict[str, Callable[[Arm, Arm], Cell]] = {
-    "arm": lambda arm, first: (arm.name, arm.name),
-    "seeds": lambda arm, first: (str(len(arm.runs)), len(arm.runs)),
-    "best val loss": loss_cell,
-    "minus first": difference_cell,
-    "params": number_cell("num_params"),
-    "cache B/token": number_cell("kv_cache_bytes_per_token"),
-    "train tok/s": number_cell("tokens_per_second"),
-    "decode tok/s": number_cell("decode_tokens_per_second"),
-    "memory": number_cell("peak_memory_bytes", "B"),
-    "time": number_cell("train_seconds", "s"),
-}
-EXPLANATION = (
-    "Best loss over the whole validation split, in nats per character: mean ± sample standard "
-    "deviation over seeds. 'Minus first' is the difference to the first arm, taken seed by seed. "
-    "Cache: bytes that a token leaves in the KV cache. Speeds: tokens per second of the training "
-    "loop, and of sampling one text. Memory: what XLA allots to the compiled training step on each "
-    "device. Time: wall time of a run, compilation and evaluation included."
-)
-
-
 def rows(arms: Sequence[Arm]) -> list[list[Cell]]:
-    return [[cell(arm, arms[0]) for cell in COLUMNS.values()] for arm in arms]
+    """The cells of each arm, in the order of COLUMNS."""
+    return [row(arm, arms[0]) for arm in arms]
 
 
-def best_arm(arms: Sequence[Arm]) -> int:
-    """The number of the arm with the lowest loss."""
-    return min(range(len(arms)), key=lambda number: mean_loss(arms[number]))
+def row(arm: Arm, first: Arm) -> list[Cell]:
+    difference = None if arm is first else Estimate.of(arm.difference(first).values())
+    cells: list[Cell] = [(arm.name, arm.name), (str(len(arm.runs)), len(arm.runs))]
+    cells += [plus_minus(arm.estimate("best/val_loss")), plus_minus(difference, "+")]
+    for name, unit in NUMBERS.values():
+        estimate = arm.estimate(name)
+        mean = estimate.mean if estimate else None
+        cells.append((short(mean, unit), mean))
+    return cells
+
+
+def ranking(arms: Sequence[Arm]) -> list[int]:
+    """The numbers of the arms, lowest loss first."""
+    losses = [statistics.fmean(run.best_loss for run in arm.runs.values()) for arm in arms]
+    return sorted(range(len(arms)), key=losses.__getitem__)
 
 
 def show(result: Comparison, console: Console, ranked: bool = False) -> None:
     """The table in the terminal, the best arm in bold; if ranked, the best run; the remarks."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, name in enumerate(COLUMNS):
-        table.add_column(
-            name.replace(" ", "\n", 1),
-            justify="left" if number == 0 else "right",
-            overflow="fold",
-            no_wrap=number > 0,
-        )
-    best, lines = best_arm(result.arms), rows(result.arms)
-    order = list(range(len(result.arms)))
-    if ranked:
-        order.sort(key=lambda number: mean_loss(result.arms[number]))
-    for number in order:
-        style = "bold" if number == best and len(result.arms) > 1 else None
-        table.add_row(*[Text(text) for text, _ in lines[number]], style=style)
+    table.add_column(COLUMNS[0], overflow="fold")
+    for name in COLUMNS[1:]:
+        title = name.replace(" ", "\n", 1)
+        table.add_column(title, justify="right", overflow="fold", no_wrap=True)
+    lines, ranks = rows(result.arms), ranking(result.arms)
+    best = ranks[0]
+    for number in ranks if ranked else range(len(lines)):
+        style = "bold" if number == best and len(lines) > 1 else None
+        table.add_row(*(Text(text) for text, _ in lines[number]), style=style)
     console.print(table)
+    notes = [f"note: {remark}" for remark in result.remarks]
     if ranked:
         run = min(result.arms[best].runs.values(), key=lambda run: run.best_loss)
-        console.print(Text(one_line(f"best run: {run.path}")), soft_wrap=True)
-    for remark in result.remarks:
-        console.print(Text(one_line(f"note: {remark}")), soft_wrap=True)
+        notes.insert(0, f"best run: {run.path}")
+    for text in notes:
+        console.print(Text(one_line(text)), soft_wrap=True)
 
 
 def to_markdown(arms: Sequence[Arm]) -> str:
-    escaped = [
-        [text.replace("\\", "\\\\").replace("|", "\\|") for text, _ in row] for row in rows(arms)
-    ]
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *escaped]
+    texts = [[text for text, _ in row] for row in rows(arms)]
+    escaped = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in row] for row in texts]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *escaped]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_csv(arms: Sequence[Arm]) -> str:
-    """A row for each run: numbers in full, for other programs."""
-    numbers = [
-        "best/val_loss",
-        "best/step",
-        "final/val_loss",
-        *figures.COSTS,
-        "flops_per_token",
-        "compile_seconds",
-    ]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "seed", *numbers, "compile_cached", "path"])
+    """A row for each run: all digits of its numbers, for other programs."""
+    numbers = ["best/val_loss", "best/step", "final/val_loss", *figures.COSTS]
+    numbers += ["flops_per_token", "compile_seconds"]
+    lines: list[list[Any]] = [["arm", "seed", *numbers, "compile_cached", "path"]]
     for arm in arms:
         for seed, run in sorted(arm.runs.items()):
-            writer.writerow(
-                [
-                    arm.name,
-                    seed,
-                    *map(run.number, numbers),
-                    run.summary.get("compile_cached"),
-                    run.path,
-                ]
-            )
+            cached = run.summary.get("compile_cached")
+            lines.append([arm.name, seed, *map(run.number, numbers), cached, run.path])
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()
 
 
@@ -246,93 +203,67 @@ def to_csv(arms: Sequence[Arm]) -> str:
 
 def write(result: Comparison, out: Path, title: str) -> list[Path]:
     """The page, the Markdown, the CSV and the figure for documents: `out` with their endings."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    paths = [out.with_name(out.name + ending) for ending in (".html", ".md", ".csv", ".png")]
-    arms = result.arms
-    page.write_page(paths[0], title, subtitle(arms), blocks(result))
-    paths[1].write_text(
-        f"# {title}\n\n{subtitle(arms)}\n\n{to_markdown(arms)}\n{EXPLANATION}\n", encoding="utf-8"
-    )
-    paths[2].write_text(to_csv(arms), encoding="utf-8")
-    paths[3].write_bytes(figures.to_png(figures.tradeoffs(arms)))
-    return paths
+    arms, about = result.arms, subtitle(result.arms)
+    markdown = f"# {title}\n\n{about}\n\n{to_markdown(arms)}\n{EXPLANATION}\n"
+    contents = {
+        ".html": page.render(title, about, blocks(result)),
+        ".md": markdown.encode(),
+        ".csv": to_csv(arms).encode(),
+        ".png": figures.to_png(figures.tradeoffs(arms)),
+    }
+    return page.write_files(out, contents)
 
 
 def subtitle(arms: Sequence[Arm]) -> str:
     """What was compared, where, when."""
     runs = [run for arm in arms for run in arm.runs.values()]
     configs = [run.config for run in runs]
-    texts = together(config.dataset.name.name for config in configs)
-    steps = together(f"{config.trainer.num_steps:,}" for config in configs)
-    batches = together(f"{c.trainer.batch_size} x {c.dataset.seq_len}" for c in configs)
-    devices, versions = (
-        together(run.summary.get("device") for run in runs),
-        together(run.jax for run in runs),
-    )
+    facts: list[Iterable[Any]] = [
+        (config.dataset.name.name for config in configs),
+        (f"{config.trainer.num_steps:,}" for config in configs),
+        (f"{config.trainer.batch_size} x {config.dataset.seq_len}" for config in configs),
+        (run.summary.get("device") for run in runs),
+        (run.jax for run in runs),
+    ]
+    texts, steps, batches, devices, jax = (", ".join(dict.fromkeys(map(str, f))) for f in facts)
     return (
         f"{len(runs)} runs of {len(arms)} arms on {texts}, {steps} steps of {batches} characters; "
-        f"{devices}, jax {versions}; {datetime.date.today().isoformat()}"
+        f"{devices}, jax {jax}; {datetime.date.today().isoformat()}"
     )
-
-
-def together(values: Iterable[Any]) -> str:
-    """The distinct values, in the order in which they first appear."""
-    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def blocks(result: Comparison) -> list[str]:
     """The page from top to bottom."""
     arms = result.arms
-    parts = [
-        page.table(list(COLUMNS), rows(arms), best_arm(arms)),
-        *map(page.paragraph, result.remarks),
-    ]
+    parts = [page.table(COLUMNS, rows(arms), ranking(arms)[0], arms=True)]
+    parts += map(page.paragraph, result.remarks)
     parts.append(page.details("What the columns mean", EXPLANATION))
     if len(arms) > 1:
-        parts += [
-            page.heading(
-                "What it costs, what it buys",
-                "Down is better. Point at a row of the table to see its arm alone.",
-            ),
-            page.drawing(figures.tradeoffs(arms, figures.PAGE), "tradeoffs"),
-        ]
-        if any(arm.difference(arms[0]) for arm in arms[1:]):
-            parts += [
-                page.heading(
-                    "Seed by seed",
-                    "A seed draws the same batches in every arm: differences within it say more.",
-                ),
-                page.drawing(figures.paired_differences(arms, figures.PAGE), "paired"),
-            ]
-    axes = [
-        name
-        for name in figures.AXES
-        if name != "FLOPs" or all(mean_of(arm, "flops_per_token") for arm in arms)
-    ]
+        text = "Down is better. Point at a row of the table to highlight its arm."
+        parts.append(page.heading("What it costs, what it buys", text))
+        parts.append(page.drawing(figures.tradeoffs(arms, figures.PAGE), "tradeoffs"))
+    if any(arm.difference(arms[0]) for arm in arms[1:]):
+        text = "A seed draws the same batches in every arm: differences within it say more."
+        parts.append(page.heading("Seed by seed", text))
+        parts.append(page.drawing(figures.paired_differences(arms, figures.PAGE), "paired"))
+    has_flops = all(arm.estimate("flops_per_token") for arm in arms)
     drawings = {
         name: page.drawing(figures.curves(arms, name, figures.PAGE), f"curves-{name}")
-        for name in axes
+        for name in figures.AXES
+        if name != "FLOPs" or has_flops
     }
+    samples = [(number, arm.name, arm.first_run.sample) for number, arm in enumerate(arms)]
     parts += [
         page.heading("Validation loss", "Mean over seeds, shaded from the lowest to the highest."),
         page.tabs("curves", drawings),
         page.heading("What they write", "The last sample of each arm's first seed."),
-        page.texts([(number, arm.name, first_run(arm).sample) for number, arm in enumerate(arms)]),
+        page.texts(samples),
         page.heading("Where it comes from"),
     ]
     for arm in arms:
-        listed = "\n".join(
-            f"seed {seed}: {run.number('best/val_loss'):.4f}  {run.path}"
-            for seed, run in sorted(arm.runs.items())
-        )
-        parts.append(
-            page.details(
-                f"{arm.name}: runs and configuration",
-                f"{listed}\n\n{to_yaml(first_run(arm).config)}",
-            )
-        )
+        text = ""
+        for seed, run in sorted(arm.runs.items()):
+            text += f"seed {seed}: {run.best_loss:.4f}  {run.path}\n"
+        text += f"\n{to_yaml(arm.first_run.config)}"
+        parts.append(page.details(f"{arm.name}: runs and configuration", text))
     return parts
-
-
-def first_run(arm: Arm) -> Record:
-    return arm.runs[min(arm.runs)]

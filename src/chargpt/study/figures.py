@@ -1,42 +1,45 @@
 """Figures of a comparison.
 
-As SVG for a page, their colours are its CSS variables, so that one figure is light and dark. A page
-scales its figures to its own width, so they share one width and one type size.
+In the SVG for a page, colours are the page's CSS variables, so that one figure is light and dark. A
+page scales its figures to its own width, so they share one width and one type size.
 """
 
 import dataclasses
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from chargpt.run.curves import save
 from chargpt.study.arms import Arm, Estimate
 
-matplotlib.rcParams["text.parse_math"] = False  # the name of an arm is no formula
+matplotlib.rcParams["text.parse_math"] = False  # the name of an arm is not a formula
 
 WIDTH = 11  # inches
 TYPE = 10  # points
 LINE = 135  # characters that fit the width
 
-# Okabe and Ito's colours, told apart with every common colour blindness: on white, and lightened,
-# on near-black.
+# Okabe and Ito's colours, distinct with every common colour blindness: on white, and lightened, on
+# near-black.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07c00", "#3f9fd6", "#5b5b5b")
 DARK = ("#4aa9e9", "#ff8a4c", "#2dc99a", "#e6a0c8", "#f0b93a", "#8fd0f7", "#b5b5b5")
 MARKERS = "os^vDPX"
 
-AXES: dict[str, str] = {  # of the loss curves: what it took to reach a loss
-    "steps": "optimizer steps",
-    "tokens": "training tokens",
-    "seconds": "seconds of wall time, compilation and evaluation included",
-    "FLOPs": "floating-point operations",
+# What it took to reach a loss: the metric, and what it is
+AXES: dict[str, tuple[str, str]] = {
+    "steps": ("trainer/step", "optimizer steps"),
+    "tokens": ("trainer/tokens", "training tokens"),
+    "seconds": ("trainer/seconds", "seconds of wall time, compilation and evaluation included"),
+    "FLOPs": ("trainer/tokens", "floating-point operations"),  # times those of a token
 }
-COSTS: dict[str, tuple[str, str]] = {  # name in summary.json: (what it is, its unit)
+# Name in summary.json: what it is, and its unit
+COSTS: dict[str, tuple[str, str]] = {
     "num_params": ("parameters", ""),
     "kv_cache_bytes_per_token": ("KV cache per token", "B"),
     "peak_memory_bytes": ("memory of a training step", "B"),
@@ -55,14 +58,21 @@ class Theme:
     arms: tuple[str, ...]
 
     def style(self, number: int) -> dict[str, Any]:
-        """Of the arm of that number; its `gid` is how a page finds what belongs to it."""
+        """The style of the arm of that number; a page finds what belongs to it by its `gid`."""
         return dict(color=self.arms[number % len(self.arms)], gid=f"arm-{number}")
+
+    def points(self, number: int) -> dict[str, Any]:
+        """The style of points without a line."""
+        return self.style(number) | dict(marker=marker(number), linestyle="none")
+
+    @property
+    def legend(self) -> dict[str, Any]:
+        return dict(frameon=False, labelcolor=self.ink, fontsize=TYPE)
 
 
 PAPER = Theme("#333333", "#dddddd", LIGHT)
-PAGE = Theme(
-    "#010203", "#010204", tuple(f"#0a0b{number:02x}" for number in range(len(LIGHT)))
-)  # stand-ins: see to_svg
+# Stand-ins, which to_svg replaces
+PAGE = Theme("#010203", "#010204", tuple(f"#0a0b{number:02x}" for number in range(len(LIGHT))))
 
 
 def marker(number: int) -> str:
@@ -73,48 +83,37 @@ def new_figure(
     theme: Theme, height: float, rows: int = 1, columns: int = 1, width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
     """A figure of that size in inches, and its axes row by row."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure((width, height), layout="constrained", frameon=theme is not PAGE)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for patch in (figure.patch, *(axis.patch for axis in axes)):
-        patch.set_alpha(0 if theme is PAGE else 1)
     for axis in axes:
+        axis.set(facecolor="none", axisbelow=True)
         axis.grid(color=theme.grid, linewidth=0.8)
-        axis.set_axisbelow(True)
         axis.tick_params(colors=theme.ink, labelsize=TYPE, length=0)
         axis.spines[:].set_visible(False)
         for label in (axis.xaxis.label, axis.yaxis.label):
-            label.set_color(theme.ink)
-            label.set_fontsize(TYPE)
+            label.set(color=theme.ink, fontsize=TYPE)
     return figure, axes
-
-
-def add_legend(axes: Axes, theme: Theme) -> None:
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=TYPE, ncols=2)
 
 
 def curves(arms: Sequence[Arm], against: str, theme: Theme = PAPER) -> Figure:
     """Validation loss against one of AXES: the mean over seeds, shaded from lowest to highest."""
     figure, (axes,) = new_figure(theme, 4.8)
     for number, arm in enumerate(arms):
-        columns = evaluations_by_step(arm, against)
-        if not columns:
+        evaluations = evaluations_by_step(arm, against)
+        if not evaluations:
             continue
-        x, losses = zip(*columns, strict=True)
-        mean = [sum(values) / len(values) for values in losses]
+        x, losses = zip(*evaluations, strict=True)
         style = theme.style(number)
-        axes.plot(
-            x, mean, label=arm.name, marker=marker(number), markersize=4.5, linewidth=1.8, **style
-        )
+        line = style | dict(marker=marker(number), markersize=4.5, linewidth=1.8, label=arm.name)
+        axes.plot(x, np.mean(losses, axis=1), **line)
         if len(arm.runs) > 1:
-            low, high = map(min, losses), map(max, losses)
-            axes.fill_between(x, list(low), list(high), alpha=0.18, linewidth=0, **style)
-    axes.set_xlabel(AXES[against])
-    axes.set_ylabel("validation loss, nats per character")
+            ends = np.min(losses, axis=1), np.max(losses, axis=1)
+            axes.fill_between(x, *ends, alpha=0.18, linewidth=0, **style)
+    axes.set(xlabel=AXES[against][1], ylabel="validation loss, nats per character")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(7))
     if axes.get_legend_handles_labels()[0]:
-        add_legend(axes, theme)
+        axes.legend(ncols=2, **theme.legend)
     return figure
 
 
@@ -122,18 +121,13 @@ def evaluations_by_step(arm: Arm, against: str) -> list[tuple[float, list[float]
     """[(place on the x axis, the seeds' losses)] of every step that all seeds evaluated."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     for run in arm.runs.values():
+        scale = (run.number("flops_per_token") or 0) if against == "FLOPs" else 1
         for line in run.evaluations:
-            place = {
-                "steps": line["trainer/step"],
-                "tokens": line["trainer/tokens"],
-                "seconds": line["trainer/seconds"],
-                "FLOPs": line["trainer/tokens"] * (run.number("flops_per_token") or 0),
-            }[against]
-            by_step.setdefault(line["trainer/step"], []).append((place, line["val/loss"]))
-    shared = [points for step, points in sorted(by_step.items()) if len(points) == len(arm.runs)]
-    return [
-        (sum(x for x, _ in points) / len(points), [loss for _, loss in points]) for points in shared
-    ]
+            point = line[AXES[against][0]] * scale, line["val/loss"]
+            by_step.setdefault(line["trainer/step"], []).append(point)
+    shared = [points for _, points in sorted(by_step.items()) if len(points) == len(arm.runs)]
+    columns = [list(zip(*points, strict=True)) for points in shared]
+    return [(statistics.fmean(places), list(losses)) for places, losses in columns]
 
 
 def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
@@ -143,38 +137,25 @@ def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
     """
     figure, axes = new_figure(theme, 6.4, 2, 3)
     for axis, (name, (title, unit)) in zip(axes, COSTS.items(), strict=True):
-        better = "right" if name.endswith("tokens_per_second") else "left"
-        points = [
-            (number, arm, arm.estimate(name), arm.estimate("best/val_loss"))
-            for number, arm in enumerate(arms)
-        ]
-        for number, arm, cost, loss in points:
+        for number, arm in enumerate(arms):
+            cost, loss = arm.estimate(name), arm.estimate("best/val_loss")
             if cost is None or loss is None:
                 continue
-            spreads = dict(xerr=cost.spread, yerr=loss.spread, elinewidth=1.2)
-            points_of = dict(fmt=marker(number), markersize=8, label=arm.name)
-            axis.errorbar(cost.mean, loss.mean, **spreads, **points_of, **theme.style(number))
+            style = theme.points(number) | dict(markersize=8, elinewidth=1.2, label=arm.name)
+            axis.errorbar(cost.mean, loss.mean, xerr=cost.spread, yerr=loss.spread, **style)
+        better = "right" if name.endswith("tokens_per_second") else "left"
         axis.set_title(title, loc="left", color=theme.ink, fontsize=TYPE)
         axis.set_xlabel(f"better: {better}")
         axis.margins(0.15)
-        axis.xaxis.set_major_formatter(
-            EngFormatter(unit=unit, sep="" if not unit else "\N{NO-BREAK SPACE}")
-        )
+        axis.xaxis.set_major_formatter(EngFormatter(unit, sep="\N{NO-BREAK SPACE}" if unit else ""))
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.yaxis.set_major_locator(MaxNLocator(5))
     for axis in axes[::3]:
         axis.set_ylabel("best validation loss")
     handles, labels = axes[0].get_legend_handles_labels()
     fitting = LINE // (10 + max(map(len, labels), default=0))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=max(1, min(len(arms), 6, fitting)),
-        frameon=False,
-        labelcolor=theme.ink,
-        fontsize=TYPE,
-    )
+    columns = max(1, min(len(arms), 6, fitting))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **theme.legend)
     return figure
 
 
@@ -190,41 +171,24 @@ def paired_differences(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
         mean = Estimate.of(values)
         if mean is None:
             continue
-        style = theme.style(number)
-        axes.plot(
-            values,
-            [number] * len(values),
-            marker(number),
-            markerfacecolor="none",
-            markersize=6,
-            **style,
-        )
-        axes.errorbar(
-            mean.mean,
-            number,
-            xerr=mean.spread,
-            fmt=marker(number),
-            markersize=9,
-            elinewidth=2,
-            **style,
-        )
+        style = theme.points(number)
+        axes.plot(values, [number] * len(values), markerfacecolor="none", markersize=6, **style)
+        axes.errorbar(mean.mean, number, xerr=mean.spread, markersize=9, elinewidth=2, **style)
     axes.set_yticks(range(1, len(arms)), [arm.name for arm in arms[1:]])
     axes.set_ylim(len(arms) - 0.4, 0.4)
-    axes.set_xlabel(
-        f"best validation loss minus that of {arms[0].name} (left of the line is better)"
-    )
+    first = arms[0].name
+    axes.set_xlabel(f"best validation loss minus that of {first} (left of the line is better)")
     axes.margins(x=0.1)
     return figure
 
 
 def to_svg(figure: Figure, name: str) -> str:
     """SVG to stand inside a page; `name` keeps its ids apart from those of other figures there."""
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
-    ):
-        svg = save(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    with matplotlib.rc_context(options):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        svg = save(figure, format="svg", metadata=nothing).decode()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'id="arm-(\d+)"', r'class="arm arm\1"', svg)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     # The page's own font; up to 3.10, Matplotlib wrote it together with the size.

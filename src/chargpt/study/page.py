@@ -5,35 +5,44 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from chargpt.errors import require
 from chargpt.study.figures import DARK, LIGHT, to_svg
 
 TEMPLATE = Path(__file__).with_name("page.html")
+Cell = tuple[str, float | str | None]  # what a person reads, and the value that it is sorted by
 
 
-def write_page(path: Path, title: str, subtitle: str, blocks: Iterable[str]) -> None:
+def render(title: str, subtitle: str, blocks: Iterable[str]) -> bytes:
     """The page of some blocks of HTML, each made by a function below."""
+    arms = [
+        " ".join(f"--arm{number}: {colour};" for number, colour in enumerate(colours))
+        for colours in (LIGHT, DARK)
+    ]
+    parts = {"title": escape(title), "subtitle": escape(subtitle), "body": "\n".join(blocks)}
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(parts, light=arms[0], dark=arms[1]).encode()
 
-    def variables(colours: Sequence[str]) -> str:
-        return " ".join(f"--arm{number}: {colour};" for number, colour in enumerate(colours))
 
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        body="\n".join(blocks),
-        light=variables(LIGHT),
-        dark=variables(DARK),
-    )
-    path.write_text(page, encoding="utf-8")
+def check_stem(out: str) -> None:
+    """ConfigError unless `out` can be the name of files, without their endings."""
+    require(Path(out).name not in ("", ".."), f"out={out}: is a folder; write out=FOLDER/NAME")
+
+
+def write_files(stem: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write a file for each ending, whose name is `stem` with that ending; their paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = {stem.with_name(stem.name + ending): data for ending, data in contents.items()}
+    for path, data in paths.items():
+        path.write_bytes(data)
+    return list(paths)
 
 
 def heading(text: str, explanation: str = "") -> str:
-    return f"<h2>{escape(text)}</h2>" + (
-        f"\n<p class='quiet'>{escape(explanation)}</p>" if explanation else ""
-    )
+    quiet = f"\n<p class='quiet'>{escape(explanation)}</p>" if explanation else ""
+    return f"<h2>{escape(text)}</h2>{quiet}"
 
 
 def paragraph(text: str) -> str:
@@ -41,71 +50,57 @@ def paragraph(text: str) -> str:
 
 
 def key(number: int) -> str:
-    """The little square in an arm's colour."""
+    """The small square in an arm's colour."""
     return f"<span class='key' style='background: var(--arm{number % len(LIGHT)})'></span>"
 
 
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[tuple[str, Any]]],
-    best: int | None,
-    keys: bool = True,
-) -> str:
-    """A row of cells (text, value to sort by) for each arm, its name first; `best` is marked."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = []
+def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], best: int, arms: bool) -> str:
+    """A table that sorts by column, its row `best` marked; if its rows are arms, with their keys.
+
+    Pointing at the row of an arm highlights the arm in every figure.
+    """
+    body = ""
     for number, row in enumerate(rows):
-        cells = "".join(
-            f"<td data-value='{'' if value is None else escape(str(value), quote=True)}'>"
-            f"{key(number) if keys and column == 0 else ''}{escape(text)}</td>"
+        classes = [f"row arm{number}"] * arms + ["best"] * (number == best)
+        data = f" data-arm='arm{number}'" * arms
+        cells = [
+            f"<td data-value='{'' if value is None else escape(str(value))}'>"
+            f"{key(number) * (arms and column == 0)}{escape(text)}</td>"
             for column, (text, value) in enumerate(row)
-        )
-        marked = " best" if number == best else ""
-        classes = (
-            f" class='row arm{number}{marked}' data-arm='arm{number}'"
-            if keys
-            else f" class='{marked.strip()}'"
-        )
-        body.append(f"<tr{classes}>{cells}</tr>")
-    content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+        ]
+        body += f"<tr class='{' '.join(classes)}'{data}>{''.join(cells)}</tr>"
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f"<div class='wide'><table class='sortable'>{content}</table></div>"
 
 
 def drawing(figure: Figure, name: str) -> str:
-    """A figure made with figures.PAGE; `name` is one of its own on the page."""
+    """A figure made with figures.PAGE; `name` is unique on the page."""
     return f"<figure class='drawing {name}'>{to_svg(figure, name)}</figure>"
 
 
 def image(png: bytes, alternative: str) -> str:
-    encoded = base64.b64encode(png).decode()
-    alt = escape(alternative, quote=True)
-    return f"<figure><img alt='{alt}' src='data:image/png;base64,{encoded}'></figure>"
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f"<figure><img alt='{escape(alternative)}' src='{source}'></figure>"
 
 
 def tabs(name: str, figures: Mapping[str, str]) -> str:
-    """Drawings of which one is seen at a time, chosen by its label; works without scripts."""
-    inputs, style = [], []
-    for number, label in enumerate(figures):
-        identity = f"{name}-{number}"
-        checked = " checked" if number == 0 else ""
-        inputs.append(
-            f"<input type='radio' name='{name}' id='{identity}'{checked}>"
-            f"<label for='{identity}'>{escape(label)}</label>"
-        )
-        style.append(
-            f"#{identity}:checked ~ figure:nth-of-type({number + 1}) {{ display: block; }}"
-        )
-    content = "".join([*inputs, *figures.values()])
-    return f"<style>{' '.join(style)}</style><div class='tabs'>{content}</div>"
+    """Figures of which one is visible at a time, chosen by its label; works without scripts."""
+    content = ""
+    for number, (label, figure) in enumerate(figures.items()):
+        identity, checked = f"{name}-{number}", " checked" * (number == 0)
+        content += f"<input type='radio' name='{name}' id='{identity}'{checked}>"
+        content += f"<label for='{identity}'>{escape(label)}</label>{figure}"
+    return f"<div class='tabs'>{content}</div>"
 
 
 def texts(entries: Sequence[tuple[int, str, str]]) -> str:
     """Samples side by side: (arm, its name, text)."""
-    sections = "".join(
+    sections = [
         f"<section><h3>{key(number)}{escape(name)}</h3><pre>{escape(text)}</pre></section>"
         for number, name, text in entries
-    )
-    return f"<div class='texts'>{sections}</div>"
+    ]
+    return f"<div class='texts'>{''.join(sections)}</div>"
 
 
 def details(summary: str, text: str) -> str:

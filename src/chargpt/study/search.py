@@ -1,7 +1,7 @@
 """`chargpt search`: Optuna asks for settings, a run answers with its loss; poor runs end early.
 
 The study is one SQLite file. Several processes may work on it at once, and the same command
-continues it after a crash: a trial that nobody is working on any more resumes from its checkpoint.
+continues it after a crash: a trial that no process works on any more resumes from its checkpoint.
 """
 
 import contextlib
@@ -10,16 +10,18 @@ import json
 import math
 import os
 import shlex
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from chargpt.compose import command
 from chargpt.config import require_at_least, spell
@@ -27,11 +29,19 @@ from chargpt.errors import ConfigError, RunFailed, require
 from chargpt.run.directory import read_run
 from chargpt.run.process import lock
 from chargpt.study import page
-from chargpt.study.figures import PAGE, PAPER, TYPE, Theme, add_legend, new_figure
+from chargpt.study.figures import WIDTH, to_png
+from chargpt.study.page import Cell
 from chargpt.study.space import Parameter, Space, read_space, to_wandb_sweep
 
 SHOWN = 10  # trials in the terminal
 ENOUGH = 6  # finished trials, to say what mattered
+LOSS = "best val loss"
+STYLE: Any = {  # of Optuna's figures
+    "backend": "agg",
+    "figure.figsize": (WIDTH, 4.5),
+    "savefig.bbox": "tight",
+    "text.parse_math": True,  # powers of ten
+}
 
 
 @dataclasses.dataclass
@@ -39,7 +49,7 @@ class SearchOptions:
     """Search for good settings with Optuna, or hand the same space to `wandb sweep`."""
 
     space: str = "configs/search/adamw.yaml"  # what to vary; configs/search/ has more
-    num_trials: int = 20  # of the whole study: the same command goes on until there are so many
+    num_trials: int = 20  # of the whole study: the same command continues until there are so many
     out: str | None = None  # the study's folder; null = search/NAME-OF-SPACE
     seed: int | None = None  # of the sampler; null = another one each time
     write_wandb: str | None = None  # write the space as a `wandb sweep` file instead
@@ -54,22 +64,14 @@ def search(options: SearchOptions) -> None:
     os.environ.pop("WANDB_RUN_ID", None)  # one W&B run for each trial
     space = read_space(Path(options.space))
     if options.write_wandb is not None:
-        Path(options.write_wandb).write_text(
-            yaml.safe_dump(to_wandb_sweep(space), sort_keys=False), encoding="utf-8"
-        )
+        sweep = yaml.safe_dump(to_wandb_sweep(space), sort_keys=False)
+        Path(options.write_wandb).write_text(sweep, encoding="utf-8")
         print(f"{options.write_wandb}\nwandb sweep {shlex.quote(options.write_wandb)}")
         return
     folder = Path(options.out or f"search/{space.name}")
-    with lock(working(folder, "next"), wait=True):  # two processes must not make the tables at once
-        study = open_study(folder, space)
+    study = open_study(folder, space)
     try:
-        while True:
-            with lock(
-                working(folder, "next"), wait=True
-            ):  # one process at a time chooses what to do
-                claimed = claim(study, options, folder)
-            if claimed is None:
-                break
+        while claimed := claim(study, options, folder):
             trial, held = claimed
             with held:
                 run_trial(study, trial, space, folder)
@@ -78,27 +80,25 @@ def search(options: SearchOptions) -> None:
 
 
 def open_study(folder: Path, space: Space) -> Any:
-    """The study in `folder`, if need be a new one; ConfigError if it searches another space."""
+    """The study in `folder`, a new one if there is none; ConfigError if its space is another."""
     try:
         import optuna
     except ImportError:
         raise ConfigError("search: needs Optuna; write pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=optuna.storages.RDBStorage(
-            f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
-        ),
-        study_name=space.name,
-        load_if_exists=True,
-        direction="minimize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-    )
+    url, options = f"sqlite:///{folder / 'study.db'}", {"connect_args": {"timeout": 60}}
+    with lock(working(folder, "next"), wait=True):  # two processes must not make the tables at once
+        study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(url, engine_kwargs=options),
+            study_name=space.name,
+            load_if_exists=True,
+            direction="minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        )
     content = json.dumps(dataclasses.asdict(space), sort_keys=True)
-    require(
-        study.user_attrs.get("space", content) == content,
-        f"{folder}: its study searches another space than {space.name} is now; "
-        "write another out=DIR",
-    )
+    is_same = study.user_attrs.get("space", content) == content
+    problem = f"its study searches another space than {space.name} is now; write another out=DIR"
+    require(is_same, f"{folder}: {problem}")
     study.set_user_attr("space", content)
     return study
 
@@ -110,8 +110,8 @@ def working(folder: Path, name: str) -> Path:
     return path
 
 
-def trial_folder(folder: Path, number: int) -> Path:
-    return folder / f"trial_{number:04}"
+def trial_folder(folder: Path, trial: Any) -> Path:
+    return folder / f"trial_{trial.number:04}"
 
 
 def claim(
@@ -121,46 +121,43 @@ def claim(
     from optuna.samplers import TPESampler
     from optuna.trial import Trial, TrialState
 
-    def running(number: int) -> bool:
-        return study.get_trials(deepcopy=False)[number].state is TrialState.RUNNING
+    def running() -> dict[int, Any]:
+        trials = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        return {trial.number: trial for trial in trials}
 
-    trials = study.get_trials(deepcopy=False)
-    for frozen in trials:
-        if frozen.state is TrialState.RUNNING and (
-            held := try_lock(working(folder, str(frozen.number)))
-        ):
-            if running(frozen.number):  # and did not end just before its lock was free
-                return Trial(study, frozen._trial_id), held
-            held.close()
-    if len(trials) >= options.num_trials:
-        return None
-    # A sampler that starts afresh would repeat itself: after a crash, and in each of several
-    # processes.
-    entropy = None if options.seed is None else [options.seed, len(trials)]
-    study.sampler = TPESampler(seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-    trial = study.ask()
-    held = try_lock(working(folder, str(trial.number)))
-    assert held is not None  # its number is new
-    return trial, held
+    with lock(working(folder, "next"), wait=True):  # one process at a time chooses what to do
+        for number, frozen in running().items():
+            if held := try_lock(working(folder, str(number))):
+                if number in running():  # and did not end just before its lock was free
+                    return Trial(study, frozen._trial_id), held
+                held.close()
+        done = len(study.get_trials(deepcopy=False))
+        if done >= options.num_trials:
+            return None
+        # A sampler with the same seed would repeat itself: after a crash, and in other processes.
+        entropy = None if options.seed is None else [options.seed, done]
+        study.sampler = TPESampler(seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        trial = study.ask()
+        held = try_lock(working(folder, str(trial.number)))
+        assert held is not None  # its number is new
+        return trial, held
 
 
 def try_lock(path: Path) -> contextlib.ExitStack | None:
-    """A lock that is held until its block ends; None where another process has it."""
-    held = contextlib.ExitStack()
-    try:
+    """A lock that is held until its block ends; None if another process has it."""
+    with contextlib.suppress(ConfigError), contextlib.ExitStack() as held:
         held.enter_context(lock(path))
-    except ConfigError:
-        return None
-    return held
+        return held.pop_all()
+    return None
 
 
 def run_trial(study: Any, trial: Any, space: Space, folder: Path) -> None:
-    """Train what the trial asks for, or go on with it, and tell the study how it went."""
+    """Train what the trial asks for, or continue it, and tell the study the result."""
     from optuna.trial import TrialState
 
     from chargpt.run.start import train_or_resume
 
-    run_dir = trial_folder(folder, trial.number)
+    run_dir = trial_folder(folder, trial)
     values = {parameter.name: suggest(trial, parameter) for parameter in space.parameters}
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     pruned = False
@@ -172,11 +169,7 @@ def run_trial(study: Any, trial: Any, space: Space, folder: Path) -> None:
         pruned = trial.should_prune()
         return pruned
 
-    print(
-        f"trial {trial.number}: "
-        + " ".join(f"{name}={spell(value)}" for name, value in values.items()),
-        flush=True,
-    )
+    print(f"trial {trial.number}: {' '.join(spelled(values))}", flush=True)
     try:
         config = space.compose(values | {"wandb.group": folder.name, "wandb.name": run_dir.name})
         run_dir.mkdir(exist_ok=True)
@@ -196,198 +189,82 @@ def suggest(trial: Any, parameter: Parameter) -> Any:
     """A value of the parameter: a new one, or the one that the trial has already."""
     if parameter.choices is not None:
         return trial.suggest_categorical(parameter.name, parameter.choices)
-    if parameter.whole:
-        return trial.suggest_int(
-            parameter.name,
-            parameter.low,
-            parameter.high,
-            step=parameter.step or 1,
-            log=parameter.log,
-        )
-    return trial.suggest_float(
-        parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log
-    )
+    draw = trial.suggest_int if parameter.whole else trial.suggest_float
+    step = parameter.step or (1 if parameter.whole else None)
+    return draw(parameter.name, parameter.low, parameter.high, step=step, log=parameter.log)
+
+
+def spelled(values: dict[str, Any]) -> list[str]:
+    return [f"{name}={spell(value)}" for name, value in values.items()]
 
 
 # ---- what a person sees
 
 
-def complete(study: Any) -> list[Any]:
-    """Trials that came to their end, best first."""
-    from optuna.trial import TrialState
-
-    return sorted(
-        study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]),
-        key=lambda trial: trial.value,
-    )
-
-
 def report(study: Any, space: Space, folder: Path) -> None:
     """Show the best trials, and all on a page; print the command that trains the best again."""
+    from optuna.trial import TrialState
+
     trials = study.get_trials(deepcopy=False)
-    ranked = complete(study)
-    states = [trial.state.name.lower() for trial in trials]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console = Console(highlight=False)
-    console.print(f"{len(trials)} trials: {counts}")
+    states = Counter(trial.state.name.lower() for trial in trials)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    summary = f"{len(trials)} trials: {counts}"
+    print(summary)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    ranked = sorted(complete, key=lambda trial: trial.value)
     if not ranked:
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (
-        "trial",
-        "best val loss",
-        *(parameter.name.rpartition(".")[2] for parameter in space.parameters),
-    ):
-        table.add_column(name, justify="right")
-    for trial in ranked[:SHOWN]:
-        table.add_row(
-            str(trial.number),
-            f"{trial.value:.4f}",
-            *(show_value(trial.params.get(p.name)) for p in space.parameters),
-        )
-    console.print(table)
-    best = ranked[0]
-    values = [f"{name}={spell(value)}" for name, value in best.params.items()]
-    print(f"best: {trial_folder(folder, best.number)}\n{command([*space.overrides, *values])}")
-    path = folder / "search.html"
-    page.write_page(
-        path,
-        f"Search: {space.name}",
-        f"{len(trials)} trials: {counts}",
-        blocks(study, space, folder),
-    )
-    print(path)
+    columns = ["trial", LOSS, *(p.name.rpartition(".")[2] for p in space.parameters)]
+    rows = [row(trial, space) for trial in ranked]
+    header = [Column(name, justify="right", overflow="fold") for name in columns]
+    table = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for cells in rows[:SHOWN]:
+        table.add_row(*(Text(text) for text, _ in cells))
+    Console(highlight=False).print(table)
+    best = trial_folder(folder, ranked[0])
+    print(f"best: {best}\n{command([*space.overrides, *spelled(ranked[0].params)])}")
+    blocks = [page.table(columns, rows, best=0, arms=False), *drawings(study, len(ranked))]
+    content = yaml.safe_dump(json.loads(study.user_attrs["space"]), sort_keys=False)
+    blocks += [page.heading("Where it comes from"), page.details("Space", content)]
+    if (best / "config.yaml").exists() and (sample := read_run(best).sample):
+        blocks += [page.heading("What the best one writes"), page.texts([(0, best.name, sample)])]
+    html = page.render(f"Search: {space.name}", summary, blocks)
+    print(*page.write_files(folder / "search", {".html": html}))
 
 
-def show_value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else spell(value)
+def row(trial: Any, space: Space) -> list[Cell]:
+    values = [trial.params.get(parameter.name) for parameter in space.parameters]
+    texts = [f"{value:.3g}" if isinstance(value, float) else spell(value) for value in values]
+    number, loss = (str(trial.number), trial.number), (f"{trial.value:.4f}", trial.value)
+    return [number, loss, *zip(texts, values, strict=True)]
 
 
-def blocks(study: Any, space: Space, folder: Path) -> list[str]:
-    ranked, trials = complete(study), study.get_trials(deepcopy=False)
-    columns = [
-        "trial",
-        "best val loss",
-        *(parameter.name.rpartition(".")[2] for parameter in space.parameters),
-    ]
-    rows = [
-        [(str(trial.number), trial.number), (f"{trial.value:.4f}", trial.value)]
-        + [
-            (show_value(trial.params.get(p.name)), trial.params.get(p.name))
-            for p in space.parameters
-        ]
-        for trial in ranked
-    ]
+def drawings(study: Any, finished: int) -> Sequence[str]:
+    """What Optuna draws of a study."""
+    from optuna.visualization import matplotlib as optuna_draws
+
     parts = [
-        page.table(columns, rows, 0, keys=False),
         page.heading("History", "Every finished trial, and the best so far."),
+        drawing(optuna_draws.plot_optimization_history, study, "history"),
     ]
-    parts.append(page.drawing(draw_history(trials, PAGE), "history"))
-    importances = importance(study)
-    if importances:
-        parts += [
-            page.heading(
-                "Importance",
-                "How much of what sets good trials apart each option explains (PED-ANOVA).",
-            ),
-            page.drawing(draw_importance(importances, PAGE), "importance"),
-        ]
-    parts += [
-        page.heading(
-            "Parallel coordinates", "A line for each trial; the best tenth in the second colour."
-        ),
-        page.drawing(draw_parallel(ranked, space, PAGE), "parallel"),
-        page.heading("Where it comes from"),
-        page.details(
-            "Space", yaml.safe_dump(json.loads(study.user_attrs["space"]), sort_keys=False)
-        ),
-    ]
-    best = trial_folder(folder, ranked[0].number)
-    sample = read_run(best).sample if (best / "config.yaml").exists() else ""
-    return parts + (
-        [page.heading("What the best one writes"), page.texts([(0, best.name, sample)])]
-        if sample
-        else []
-    )
+    if finished >= ENOUGH:
+        text = "How much each option explains of what sets good trials apart (PED-ANOVA)."
+        parts.append(page.heading("Importance", text))
+        parts.append(drawing(optuna_draws.plot_param_importances, study, "importance"))
+    text = "A line for each trial: the darker, the lower its loss."
+    parts.append(page.heading("Parallel coordinates", text))
+    parts.append(drawing(optuna_draws.plot_parallel_coordinate, study, "parallel coordinates"))
+    return parts
 
 
-def importance(study: Any) -> dict[str, float]:
-    """Each option's share in what makes a trial good; empty if there are too few trials to tell."""
-    import optuna
+def drawing(draw: Callable[..., Any], study: Any, alternative: str) -> str:
+    """One of Optuna's figures, as an image."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # That they are experimental, and that an axis has one value
+        warnings.simplefilter("ignore")
+        from matplotlib import pyplot
 
-    if len(complete(study)) < ENOUGH:
-        return {}
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
-
-def draw_history(trials: Sequence[Any], theme: Theme = PAPER) -> Figure:
-    figure, (axes,) = new_figure(theme, 4)
-    done = sorted(
-        (trial for trial in trials if trial.state.name == "COMPLETE"),
-        key=lambda trial: trial.number,
-    )
-    numbers, losses = [trial.number for trial in done], [trial.value for trial in done]
-    axes.plot(numbers, losses, "o", label="trial", **theme.style(0))
-    axes.step(
-        numbers, np.minimum.accumulate(losses), where="post", label="best so far", **theme.style(1)
-    )
-    axes.set_xlabel("trial")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("best validation loss")
-    add_legend(axes, theme)
-    return figure
-
-
-def draw_importance(importances: dict[str, float], theme: Theme = PAPER) -> Figure:
-    figure, (axes,) = new_figure(theme, 0.8 + 0.4 * len(importances))
-    names = list(importances)[::-1]
-    axes.barh(names, [importances[name] for name in names], height=0.6, color=theme.arms[0])
-    axes.set_xlabel("share")
-    return figure
-
-
-def draw_parallel(trials: Sequence[Any], space: Space, theme: Theme = PAPER) -> Figure:
-    """Best trials last, so that they lie on top; every axis from its lowest to highest value."""
-    figure, (axes,) = new_figure(theme, 4.4)
-    names = [*(parameter.name for parameter in space.parameters), "best val loss"]
-    columns = [place(trials, parameter) for parameter in space.parameters]
-    losses = np.array([trial.value for trial in trials])
-    columns.append((scaled(losses), (f"{losses.min():.3f}", f"{losses.max():.3f}")))
-    count = max(1, len(trials) // 10)
-    for row in reversed(range(len(trials))):
-        among_best = row < count
-        style = theme.style(1 if among_best else 0) | dict(
-            linewidth=2 if among_best else 1, alpha=1 if among_best else 0.45
-        )
-        axes.plot(range(len(names)), [heights[row] for heights, _ in columns], **style)
-    for x, (_, (low, high)) in enumerate(columns):
-        for y, text, side in ((-0.03, low, "top"), (1.03, high, "bottom")):
-            axes.text(
-                x, y, text, ha="center", va=side, fontsize=TYPE, color=theme.ink, parse_math=False
-            )
-    axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names])
-    axes.tick_params(axis="x", pad=14)
-    axes.set_yticks([])
-    axes.set_ylim(-0.12, 1.12)
-    return figure
-
-
-def place(trials: Sequence[Any], parameter: Parameter) -> tuple[np.ndarray, tuple[str, str]]:
-    """(height of each trial on the parameter's axis, what stands at its ends)."""
-    values = [trial.params[parameter.name] for trial in trials]
-    if parameter.choices is not None:
-        last = max(1, len(parameter.choices) - 1)
-        heights = np.array([parameter.choices.index(value) / last for value in values])
-        return heights, (spell(parameter.choices[0]), spell(parameter.choices[-1]))
-    transform: Callable[[Any], Any] = np.log if parameter.log else np.asarray
-    low, high = transform(float(parameter.low)), transform(float(parameter.high))
-    return (transform(np.array(values, float)) - low) / (high - low), (
-        f"{parameter.low:g}",
-        f"{parameter.high:g}",
-    )
-
-
-def scaled(values: np.ndarray) -> np.ndarray:
-    width = values.max() - values.min()
-    return (values - values.min()) / (width if width > 0 else 1)
+        figure = draw(study, target_name=LOSS).figure
+        png = to_png(figure)
+        pyplot.close(figure)
+    return page.image(png, alternative)

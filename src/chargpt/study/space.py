@@ -1,17 +1,17 @@
 """A search space: a YAML file of options and their ranges, checked before anything runs.
 
-overrides: [trainer.num_steps=800]             # what every trial has, as on main.py's command line
+overrides: [trainer.num_steps=800]             # what all trials share, as on main.py's command line
 parameters:
   optimizer.learning_rate: {low: 1e-4, high: 1e-1, log: true}
   optimizer.warmup_steps: {low: 0, high: 200, step: 50}
   model.num_kv_heads: {choices: [1, 2, 4]}
 """
 
+import contextlib
 import dataclasses
 import math
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import yaml
 from chargpt.compose import change, compose, no_such_option
 from chargpt.config import CONFIGS, Config, did_you_mean, options, spell
 from chargpt.errors import ConfigError, one_line, require
+
+KEYS = ("choices", "low", "high", "step", "log")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,22 @@ class Parameter:
     high: float = 0
     step: float | None = None
     log: bool = False
-    whole: bool = False  # whole numbers alone
+    whole: bool = False  # only whole numbers
 
+    @property
     def extremes(self) -> tuple[Any, ...]:
-        return self.choices if self.choices is not None else (self.low, self.high)
+        return (self.low, self.high) if self.choices is None else self.choices
+
+    def to_wandb(self) -> dict[str, Any]:
+        """How a `wandb sweep` file has it."""
+        if self.choices is not None:
+            return {"values": list(self.choices)}
+        ends = {"min": self.low, "max": self.high}
+        if self.log:
+            return {"distribution": "log_uniform_values"} | ends
+        if self.step is not None:
+            return {"distribution": "q_uniform", "q": self.step} | ends
+        return {"distribution": "int_uniform" if self.whole else "uniform"} | ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,127 +65,102 @@ class Space:
         return change(compose(self.overrides), values)
 
 
-def read_space(path: Path) -> Space:
-    """The space in a file; ConfigError if it is none, or if one of its ends does not compose."""
+@contextlib.contextmanager
+def errors_of(place: str) -> Iterator[None]:
+    """Let a ConfigError of the block begin with the place that it is about."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def read_space(path: Path) -> Space:
+    """The space in a file; ConfigError if it is not one, or if an end of it does not compose."""
+    with errors_of(f"space={path}"):
+        content = read_yaml(path)
+        require(isinstance(content, dict), "must hold overrides and parameters")
+        for key in content:
+            known = key in ("overrides", "parameters")
+            require(known, f"{key}: write overrides or parameters")
+        overrides, given = content.get("overrides") or [], content.get("parameters")
+        are_texts = isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)
+        require(are_texts, "overrides must be a list such as [trainer.num_steps=800]")
+        any_given = isinstance(given, dict) and bool(given)
+        require(any_given, "parameters: names no option to search over")
+        parameters = tuple(read_parameter(str(name), entry) for name, entry in given.items())
+        space = Space(path.stem, tuple(overrides), parameters)
+        first = {parameter.name: parameter.extremes[0] for parameter in parameters}
+        for parameter in parameters:
+            for value in parameter.extremes:
+                with errors_of(f"with {parameter.name}={spell(value)}"):
+                    space.compose(first | {parameter.name: value})
+        return space
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        shipped = ", ".join(
-            sorted(f"configs/search/{file.name}" for file in (CONFIGS / "search").glob("*.yaml"))
-        )
-        raise ConfigError(
-            f"space={path}: cannot be read ({error.strerror}); there are {shipped}"
-        ) from None
+        shipped = sorted(f"configs/search/{file.name}" for file in CONFIGS.glob("search/*.yaml"))
+        problem = f"cannot be read ({error.strerror}); there are {', '.join(shipped)}"
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"space={path}: is no YAML ({one_line(error)[:200]})") from None
-    require(isinstance(content, dict), f"space={path}: must hold overrides and parameters")
-    for key in content:
-        require(
-            key in ("overrides", "parameters"),
-            f"space={path}: {key}: write overrides or parameters",
-        )
-    overrides, parameters = content.get("overrides") or [], content.get("parameters")
-    require(
-        isinstance(overrides, list) and all(isinstance(override, str) for override in overrides),
-        f"space={path}: overrides must be a list such as [trainer.num_steps=800]",
-    )
-    require(
-        isinstance(parameters, dict) and bool(parameters),
-        f"space={path}: parameters: names no option to search over",
-    )
-    read = tuple(read_parameter(str(name), range_) for name, range_ in parameters.items())
-    space = Space(path.stem, tuple(overrides), read)
-    middle = {parameter.name: parameter.extremes()[0] for parameter in read}
-    for parameter in read:
-        for value in parameter.extremes():
-            try:
-                space.compose(middle | {parameter.name: value})
-            except ConfigError as error:
-                raise ConfigError(
-                    f"space={path}: with {parameter.name}={spell(value)}: {error}"
-                ) from None
-    return space
+        problem = f"is not YAML ({one_line(error)[:200]})"
+    raise ConfigError(problem)
 
 
 def read_parameter(name: str, given: Any) -> Parameter:
     """One entry of `parameters`; its numbers are read by the type that the option has."""
     require(name in options(), no_such_option(name))
-    kinds = option_type(name)
-    require(isinstance(given, dict), f"{name}: write {{low: …, high: …}} or {{choices: […]}}")
-    known = ("choices", "low", "high", "step", "log")
-    for key in given:
-        require(key in known, f"{name}: {key}: there is no such key{did_you_mean(str(key), known)}")
-    if "choices" in given:
-        choices = given["choices"]
-        require(len(given) == 1, f"{name}: has both choices and a range; write one of them")
-        require(
-            isinstance(choices, list) and bool(choices), f"{name}: choices: is no list of values"
-        )
-        require(len(set(map(str, choices))) == len(choices), f"{name}: choices: has a value twice")
-        return Parameter(name, choices=tuple(choices))
-    require(bool({int, float} & set(kinds)), f"{name}: is no number; write {{choices: […]}}")
-    require("low" in given and "high" in given, f"{name}: a range needs low and high")
-    whole, log = float not in kinds, given.get("log", False)
-    require(isinstance(log, bool), f"{name}: log={log}: must be true or false")
-    low, high = (read_number(f"{name}: {end}", given[end], whole) for end in ("low", "high"))
-    step = None if given.get("step") is None else read_number(f"{name}: step", given["step"], whole)
-    require(low < high, f"{name}: the range from {low:g} to {high:g} is empty; write low < high")
-    require(not log or low > 0, f"{name}: low={low:g}: a logarithmic range begins above zero")
-    require(
-        step is None or 0 < step <= high - low,
-        f"{name}: step={given.get('step')}: must be above zero and within the range",
-    )
-    require(
-        not (log and step is not None),
-        f"{name}: a logarithmic range has no step; leave one of them out",
-    )
+    with errors_of(name):
+        require(isinstance(given, dict), "write {low: …, high: …} or {choices: […]}")
+        for key in given:
+            require(key in KEYS, f"{key}: there is no such key{did_you_mean(str(key), KEYS)}")
+        if "choices" in given:
+            choices = given["choices"]
+            require(len(given) == 1, "has both choices and a range; write one of them")
+            require(isinstance(choices, list) and bool(choices), "choices: is not a list of values")
+            require(len(set(map(str, choices))) == len(choices), "choices: has a value twice")
+            return Parameter(name, choices=tuple(choices))
+        kind: Any = options()[name][0].type
+        types = typing.get_args(kind) or (kind,)
+        require(int in types or float in types, "is not a number; write {choices: […]}")
+        require("low" in given and "high" in given, "a range needs low and high")
+        return read_range(name, given, whole=float not in types)
+
+
+def read_range(name: str, given: dict[str, Any], whole: bool) -> Parameter:
+    low, high = (read_number(end, given[end], whole) for end in ("low", "high"))
+    step = None if given.get("step") is None else read_number("step", given["step"], whole)
+    log = given.get("log", False)
+    require(isinstance(log, bool), f"log={log}: must be true or false")
+    require(low < high, f"the range from {low:g} to {high:g} is empty; write low < high")
+    require(not log or low > 0, f"low={low:g}: a logarithmic range starts above zero")
+    fits = step is None or 0 < step <= high - low
+    require(fits, f"step={step}: must be above zero and within the range")
+    require(not log or step is None, "a logarithmic range has no step; leave one of them out")
     return Parameter(name, low=low, high=high, step=step, log=log, whole=whole)
 
 
-def read_number(what: str, value: Any, whole: bool) -> float:
+def read_number(name: str, value: Any, whole: bool) -> float:
     try:
         number = float(value)  # YAML reads 1e-4 as a text
     except (TypeError, ValueError):
         number = math.nan
-    require(math.isfinite(number) and not isinstance(value, bool), f"{what}={value}: is no number")
-    require(
-        not whole or number.is_integer(),
-        f"{what}={value}: is no whole number, which this option is",
-    )
+    is_number = math.isfinite(number) and not isinstance(value, bool)
+    require(is_number, f"{name}={value}: is not a number")
+    is_whole = not whole or number.is_integer()
+    require(is_whole, f"{name}={value}: is not a whole number, which this option is")
     return int(number) if whole else number
-
-
-def option_type(name: str) -> tuple[type, ...]:
-    """The types that an option may have, from the schema."""
-    kind: Any = options()[name][0].type
-    return tuple(typing.get_args(kind)) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def to_wandb_sweep(space: Space) -> dict[str, Any]:
     """The same space as a `wandb sweep` file: Bayesian search, poor runs ended early."""
-
-    def distribution(parameter: Parameter) -> dict[str, Any]:
-        if parameter.choices is not None:
-            return {"values": list(parameter.choices)}
-        ends = {"min": parameter.low, "max": parameter.high}
-        if parameter.log:
-            return {"distribution": "log_uniform_values"} | ends
-        if parameter.step is not None:
-            return {"distribution": "q_uniform", "q": parameter.step} | ends
-        return {"distribution": "int_uniform" if parameter.whole else "uniform"} | ends
-
+    program = ["${env}", "${interpreter}", "${program}"]
     return {
         "program": "main.py",
         "method": "bayes",
         "metric": {"name": "best/val_loss", "goal": "minimize"},
-        "parameters": {parameter.name: distribution(parameter) for parameter in space.parameters},
-        "command": [
-            "${env}",
-            "${interpreter}",
-            "${program}",
-            *space.overrides,
-            "mode=online",
-            "${args_no_hyphens}",
-        ],
+        "parameters": {parameter.name: parameter.to_wandb() for parameter in space.parameters},
+        "command": [*program, *space.overrides, "mode=online", "${args_no_hyphens}"],
         "early_terminate": {"type": "hyperband", "min_iter": 2},
     }

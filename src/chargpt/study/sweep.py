@@ -1,10 +1,11 @@
 """Sweeps that finish: the folder follows from the command, so the same command continues them.
 
-A job that is done is skipped, one that was interrupted resumes
-from its checkpoint, one that failed is tried again, and neither stops the others. This holds for
-every Hydra launcher, because it is the job that looks.
+A job that is done is skipped, one that was interrupted resumes from its checkpoint, one that failed
+is tried again, and neither stops the others. This holds for every Hydra launcher, because it is the
+job that looks.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,8 +26,8 @@ from chargpt.run.directory import natural, read_run, runs_under
 from chargpt.run.process import lock
 from chargpt.study import workers
 
-FAILED = "failed.txt"  # in a job's directory: why it ended, and the command that runs it by itself
-started: list[Path] = []  # the folder of the sweep that this process began
+FAILED = "failed.txt"  # in a job's directory: why it ended, and the command that runs only this job
+started: list[Path] = []  # the folder of the sweep that this process started
 stopped: list[int] = []  # the signal that ends it
 
 Train = Callable[[Config, Path], float]
@@ -40,10 +41,7 @@ class SweepCallback(Callback):
         folder = str(config.hydra.sweep.dir)
         with open_dict(config):
             config.hydra.sweep.dir = folder
-            config.hydra.overrides.hydra = [
-                *config.hydra.overrides.hydra,
-                f"hydra.sweep.dir={quoted(folder)}",
-            ]
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(folder)}")
         side_by_side = workers.launches_workers(config.hydra)
         try:
             if side_by_side:
@@ -93,15 +91,13 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
         if not (run_dir / "config.yaml").exists():
             return train(settings, run_dir)
         record = read_run(run_dir)
-        require(
-            dataclasses.replace(record.config, mode=settings.mode) == settings,
-            f"{run_dir}: holds a run of another configuration; write another hydra.sweep.dir=DIR",
-        )
-        if record.finished:
-            loss = float(record.summary["best/val_loss"])
-            print(f"{run_dir}: done before, best validation loss {loss:.4f}", flush=True)
-            return loss
-        return resume(run_dir, [])
+        is_same = dataclasses.replace(record.config, mode=settings.mode) == settings
+        problem = "holds a run of another configuration; write another hydra.sweep.dir=DIR"
+        require(is_same, f"{run_dir}: {problem}")
+        if not record.finished:
+            return resume(run_dir, [])
+        print(f"{run_dir}: done before, best validation loss {record.best_loss:.4f}", flush=True)
+        return record.best_loss
     except SystemExit:
         if workers.worker() is None:
             raise
@@ -111,64 +107,54 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
             fail(error)
         else:
             traceback.print_exc()
-        reason = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
-        (run_dir / FAILED).write_text(
-            f"{reason}\n{rerun_command(settings, run_dir)}\n", encoding="utf-8"
-        )
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        text = f"{reason}\n{rerun_command(settings, run_dir)}\n"
+        (run_dir / FAILED).write_text(text, encoding="utf-8")
         return math.inf
 
 
 def wait_for_others(run_dir: Path) -> None:
     """Wait until no process trains in `run_dir`: it may be finishing this very job."""
-    try:
-        with lock(run_dir):
-            return
-    except ConfigError:
-        print(f"{run_dir}: another process trains in it: waiting", flush=True)
+    with contextlib.suppress(ConfigError), lock(run_dir):
+        return
+    print(f"{run_dir}: another process trains in it: waiting", flush=True)
     with lock(run_dir, wait=True):
         pass
 
 
 def rerun_command(settings: Config, run_dir: Path) -> str:
-    """The job alone, as the sweep itself would try it again."""
+    """The command for this one job, as the sweep itself would try it again."""
     if (run_dir / "config.yaml").exists():
         return command([f"resume={quoted(str(run_dir))}"])
     return command(workers.alone(settings, run_dir, task_overrides()))
 
 
 def under_way() -> bool:
-    """Whether this process began a sweep that is not reported yet."""
+    """Whether this process started a sweep that is not reported yet."""
     return bool(started)
 
 
 def report() -> int:
-    """Print and write what this process's sweep came to, and how to continue it; the exit code."""
+    """Print and write the results of this process's sweep, and how to continue; the exit code."""
     if not under_way():
         return 0
-    from chargpt.study import compare
+    from chargpt.study.compare import CompareOptions, compare
 
     folder = started.pop()
-    folders = job_folders(folder)
-    open_jobs = [run for run in folders if not (runs_under(run) and read_run(run).finished)]
+    made = (path.parent for path in folder.glob("*/.hydra"))  # by Hydra, for every job
+    runs = sorted(made, key=lambda run: natural(run.name))
+    undone = [run for run in runs if not (runs_under(run) and read_run(run).finished)]
     try:
-        compare.compare(
-            compare.CompareOptions(paths=(str(folder),), title=f"Sweep: {folder.name}"), ranked=True
-        )
+        compare(CompareOptions(paths=(str(folder),), title=f"Sweep: {folder.name}"), ranked=True)
     except ConfigError as error:
         print(error)
-    for run in open_jobs:
-        why, _, rerun = (
-            (run / FAILED).read_text().partition("\n") if (run / FAILED).exists() else ("", "", "")
-        )
-        print(f"failed: {run}: {why}\n  rerun: {rerun.strip()}" if why else f"not finished: {run}")
-    if open_jobs:
-        undone = f"{len(open_jobs)} of {len(folders)} jobs are not done"
-        print(f"{undone}; the same command goes on with them:\n  {command(sys.argv[1:])}")
-    return 128 + stopped[0] if stopped else int(bool(open_jobs))
-
-
-def job_folders(folder: Path) -> list[Path]:
-    """Every job's directory that Hydra made, in order."""
-    return sorted(
-        (path.parent for path in folder.glob("*/.hydra")), key=lambda path: natural(path.name)
-    )
+    for run in undone:
+        if (run / FAILED).exists():
+            reason, _, rerun = (run / FAILED).read_text(encoding="utf-8").partition("\n")
+            print(f"failed: {run}: {reason}\n  rerun: {rerun.strip()}")
+        else:
+            print(f"not finished: {run}")
+    if undone:
+        problem = f"{len(undone)} of {len(runs)} jobs are not done"
+        print(f"{problem}; the same command continues them:\n  {command(sys.argv[1:])}")
+    return 128 + stopped[0] if stopped else int(bool(undone))

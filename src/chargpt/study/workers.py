@@ -1,11 +1,11 @@
 """Jobs of a sweep side by side (launcher=joblib), each with GPUs or cores of its own.
 
 joblib's workers stay small: a worker takes a place, and starts `chargpt train` once for every job.
-What one job does to its process, be it a crash, concerns no other, and its memory is free when it
-ends.
+A job that crashes its process takes no other with it, and its memory is free when it ends.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -26,7 +26,7 @@ from chargpt.run.directory import read_run
 from chargpt.run.process import lock
 
 OUTPUT = "output.txt"  # in a job's directory: what it would have shown in a terminal of its own
-PLACES = ".places"  # in a sweep's folder: who has which
+PLACES = ".places"  # in a sweep's folder: which worker has which
 
 
 def jobs_at_once() -> int:
@@ -46,12 +46,11 @@ def gpus() -> list[str]:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name and not name.startswith("-")]
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        command = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=60)
+    except (OSError, subprocess.SubprocessError):
         return []
-    return [str(number) for number in range(listed.count("UUID:"))]
+    return [str(number) for number in range(listed.count(b"UUID:"))]
 
 
 def share(things: Sequence[Any], place: int, places: int) -> list[Any]:
@@ -64,7 +63,7 @@ class Worker:
 
     def __init__(self, folder: Path, places: int):
         self.launcher = os.getppid()
-        self.job: subprocess.Popen[str] | None = None
+        self.job: subprocess.Popen[bytes] | None = None
         self.stopped: int | None = None  # the signal that ended the sweep
         self._held = contextlib.ExitStack()
         self.environment = self._take_place(folder / PLACES, places)
@@ -73,30 +72,27 @@ class Worker:
         threading.Thread(target=self._watch_launcher, daemon=True).start()
 
     def _take_place(self, folder: Path, places: int) -> dict[str, str]:
-        """Settle where no other worker is; what jobs there must know, as environment variables."""
+        """Take a place that no other worker has; the environment variables of jobs there."""
         for place in range(places):
             path = folder / str(place)
             path.mkdir(parents=True, exist_ok=True)
-            try:
+            # If all are taken, by a killed sweep that is still saving, the last is shared.
+            with contextlib.suppress(ConfigError):
                 self._held.enter_context(lock(path))
                 break
-            except (
-                ConfigError
-            ):  # Taken. If all are, by a killed sweep that is still saving, the last is shared.
-                continue
         (path / "process").write_text(str(os.getpid()))
         if found := gpus():
-            together = -(-places // len(found))  # jobs on one GPU
-            memory = (
-                {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.2f}"} if together > 1 else {}
-            )
-            return {"CUDA_VISIBLE_DEVICES": ",".join(share(found, place, places))} | memory
-        if hasattr(os, "sched_setaffinity"):  # no macOS
+            variables = {"CUDA_VISIBLE_DEVICES": ",".join(share(found, place, places))}
+            jobs_on_one = -(-places // len(found))
+            if jobs_on_one > 1:
+                variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / jobs_on_one:.2f}"
+            return variables
+        if hasattr(os, "sched_setaffinity"):  # not on macOS
             os.sched_setaffinity(0, share(sorted(os.sched_getaffinity(0)), place, places))
         return {}
 
     def _watch_launcher(self) -> None:
-        """Where the process that began the sweep is gone, end as on a signal."""
+        """If the process that started the sweep is gone, end as on a signal."""
         while os.getppid() == self.launcher:
             time.sleep(0.5)
         self.stop(signal.SIGTERM)
@@ -105,59 +101,52 @@ class Worker:
         os._exit(1)
 
     def stop(self, number: int) -> None:
-        """Let the job save and end, and begin no other."""
+        """Let the job save and end, and start no other."""
         self.stopped = number
         if self.job is not None and self.job.poll() is None:
             self.job.send_signal(signal.SIGTERM)
 
     def train(self, settings: Config, run_dir: Path) -> float:
         """`chargpt.run.start.train` in a process of its own."""
-        return self._run("begins", run_dir, alone(settings, run_dir, task_overrides()))
+        return self._run("starts", run_dir, alone(settings, run_dir, task_overrides()))
 
     def resume(self, run_dir: Path, overrides: Sequence[str]) -> float:
         """`chargpt.run.start.resume` in a process of its own."""
-        return self._run("goes on", run_dir, [f"resume={quoted(str(run_dir))}", *overrides])
+        return self._run("continues", run_dir, [f"resume={quoted(str(run_dir))}", *overrides])
 
     def _run(self, how: str, run_dir: Path, arguments: Sequence[str]) -> float:
+        path = run_dir / OUTPUT
         if self.stopped is None:
             print(f"{run_dir.name}: {how}", flush=True)
-            with open(run_dir / OUTPUT, "a", encoding="utf-8") as output:
+            program = [sys.executable, "-m", "chargpt", "train", *arguments]
+            variables = os.environ | {"COLUMNS": "100", "PYTHONUNBUFFERED": "1"} | self.environment
+            with open(path, "ab") as output:
                 self.job = subprocess.Popen(
-                    [sys.executable, "-m", "chargpt", "train", *arguments],
-                    env=os.environ | {"COLUMNS": "100", "PYTHONUNBUFFERED": "1"} | self.environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+                    program, env=variables, stdout=output, stderr=subprocess.STDOUT
                 )
-                if self.stopped is not None:  # in between
-                    self.job.send_signal(signal.SIGTERM)
-                code = self.job.wait()
+            if self.stopped is not None:  # before there was a job to stop
+                self.job.send_signal(signal.SIGTERM)
+            code = self.job.wait()
         if self.stopped is not None:
             raise SystemExit(128 + self.stopped)
         if code < 0:
             killer = signal.Signals(-code).name
-            said = run_dir / OUTPUT
-            raise RunFailed(f"its process was killed by {killer}; {said} has what it said")
+            raise RunFailed(f"its process was killed by {killer}; {path} has its output")
         if code:
-            last = (
-                (run_dir / OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-            )
-            raise RunFailed("".join(last).removeprefix("error: ") or f"exit code {code}")
-        loss = read_run(run_dir).number("best/val_loss")
-        assert loss is not None  # its exit code said so
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            raise RunFailed(lines[-1].removeprefix("error: ") or f"exit code {code}")
+        loss = read_run(run_dir).best_loss
         print(f"{run_dir.name}: best validation loss {loss:.4f}", flush=True)
         return loss
 
 
+@functools.cache
 def worker() -> Worker | None:
     """This process among the workers of a sweep; None if jobs run one by one, or on a cluster."""
-    global _worker
-    if _worker is None and in_sweep() and launches_workers(hydra := HydraConfig.get()):
-        _worker = Worker(Path(hydra.sweep.dir), int(hydra.launcher.n_jobs))
-    return _worker
-
-
-_worker: Worker | None = None
+    if not in_sweep() or not launches_workers(HydraConfig.get()):
+        return None
+    hydra = HydraConfig.get()
+    return Worker(Path(hydra.sweep.dir), int(hydra.launcher.n_jobs))
 
 
 def launches_workers(hydra: Any) -> bool:
@@ -166,32 +155,25 @@ def launches_workers(hydra: Any) -> bool:
 
 
 def check(launcher: Any) -> None:
-    """ConfigError where the launcher is told what it cannot do."""
-    require(
-        launcher.n_jobs >= 1,
-        f"hydra.launcher.n_jobs={launcher.n_jobs}: must be at least 1; "
-        "leave it out for one on each GPU, or on each core",
-    )
+    """ConfigError if the launcher is asked for what it cannot do."""
+    problem = f"hydra.launcher.n_jobs={launcher.n_jobs}: must be at least 1"
+    advice = "leave it out for one on each GPU, or on each core"
+    require(launcher.n_jobs >= 1, f"{problem}; {advice}")
 
 
 def alone(settings: Config, run_dir: Path, overrides: Sequence[str]) -> list[str]:
-    """The arguments of main.py that train one job of a sweep by itself, in its place."""
+    """The arguments of main.py that train only this job of a sweep, in its place."""
     group = "null" if settings.wandb.group is None else quoted(settings.wandb.group)
     names = [f"wandb.name={quoted(settings.wandb.name)}", f"wandb.group={group}"]
-    own = [
-        override
-        for override in overrides
-        if not override.startswith(("wandb.name=", "wandb.group=", "launcher="))
-    ]
+    replaced = ("wandb.name=", "wandb.group=", "launcher=")
+    own = [override for override in overrides if not override.startswith(replaced)]
     return [*own, *names, "hydra.mode=RUN", f"hydra.run.dir={quoted(str(run_dir))}"]
 
 
 def stop_all(folder: Path) -> None:
     """Ask the workers of the sweep in `folder` to end."""
     for path in (folder / PLACES).glob("*/process"):
-        try:
-            with lock(path.parent):
-                pass  # nobody is there
-        except ConfigError:
-            with contextlib.suppress(ValueError, ProcessLookupError):
-                os.kill(int(path.read_text()), signal.SIGTERM)
+        with contextlib.suppress(ConfigError), lock(path.parent):
+            continue  # nobody is there
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            os.kill(int(path.read_text()), signal.SIGTERM)
