@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from chargpt.compose import EXPECTED, explain, in_sweep, parse, run_directory, task_overrides
 from chargpt.config import CONFIGS, did_you_mean, spell, typed
-from chargpt.errors import ConfigError, RunFailed, fail, one_line
+from chargpt.errors import ConfigError, RunFailed, fail, one_line, require
 from chargpt.study import sweep
 
 PATHS = "paths"  # the field that takes arguments without a name
@@ -33,12 +33,12 @@ def job(settings: DictConfig) -> float:
     try:
         if settings.resume is None and in_sweep():
             return sweep.run_job(typed(settings), run_directory(), *sweep.runners())
-        checked = parse(settings) if settings.resume is None else None
-        from chargpt.run import start  # JAX and all that follow: a typo was answered before them
+        config = parse(settings) if settings.resume is None else None
+        from chargpt.run import start  # and JAX: a typo was answered before it is loaded
 
-        if checked is None:
+        if config is None:
             return start.resume(run_directory(), task_overrides())
-        return start.train(checked, run_directory())
+        return start.train(config, run_directory())
     except (ConfigError, RunFailed) as error:
         if in_sweep():
             raise
@@ -71,14 +71,14 @@ def train(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not sweep.under_way():
             raise
-        # Not a job's: jobs note their own errors.
+        # Not a job's error: jobs record their own
         reason = one_line(f"{type(error).__name__}: {error}")[:MAX_REASON]
         code = fail(RunFailed(f"the launcher of the sweep failed: {reason}"))
-    failed = sweep.report()
+    failed = sweep.report()  # also if there was an error
     return code or failed
 
 
-# Every tool: its module, which is imported when it is wanted, its options, its function.
+# {tool: (module, imported when needed; its options; its function)}
 TOOLS = {
     "sample": ("run.sample", "SampleOptions", "sample"),
     "evaluate": ("run.evaluate", "EvaluateOptions", "evaluate_run"),
@@ -110,9 +110,8 @@ def run_tool(arguments: list[str]) -> int:
     if name == "train":
         return train(rest)
     try:
-        if name not in TOOLS:
-            hint = did_you_mean(name, TOOLS)
-            raise ConfigError(f"{name}: there is no such tool{hint}; `chargpt` lists them")
+        hint = did_you_mean(name, TOOLS)
+        require(name in TOOLS, f"{name}: there is no such tool{hint}; `chargpt` lists them")
         options, function = load_tool(name)
         function(parse_options(options, rest))
     except (ConfigError, RunFailed) as error:
@@ -135,41 +134,31 @@ def spelling(field: dataclasses.Field) -> str:
 
 def option_defaults(schema: type) -> list[str]:
     """Every option of a tool with its default, as one would type it."""
-    fields = [field for field in dataclasses.fields(schema) if field.name != PATHS]
-    options = [f"{spelling(field)}={shown(field.default)}" for field in fields]
-    return ["RUN …"] * takes_paths(schema) + options
-
-
-def shown(default: Any) -> str:
-    return repr(default) if isinstance(default, str) else spell(default)
-
-
-def takes_paths(schema: type) -> bool:
-    """Whether a tool takes paths beside its options: its dataclass has a field of that name."""
-    return any(field.name == PATHS for field in dataclasses.fields(schema))
+    shown = []
+    for field in dataclasses.fields(schema):
+        default = repr(field.default) if type(field.default) is str else spell(field.default)
+        shown.append("RUN …" if field.name == PATHS else f"{spelling(field)}={default}")
+    return shown
 
 
 def parse_options(schema: type, arguments: list[str]) -> Any:
     """Arguments as an instance of `schema`: `key=value` by the field's type, and any paths."""
-    fields = {spelling(field): field for field in dataclasses.fields(schema) if field.name != PATHS}
-    values: dict[str, Any] = {}
-    paths = []
+    fields = {spelling(field): field for field in dataclasses.fields(schema)}
+    takes_paths = fields.pop(PATHS, None) is not None
+    values: dict[str, Any] = {PATHS: ()} if takes_paths else {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if (
-            takes_paths(schema)
-            and name not in fields
-            and (not equals or "/" in name or os.path.exists(argument) or glob.glob(argument))
-        ):
-            paths.append(argument)  # a run's name may hold an equals sign
-            continue
-        if name not in fields:
+        # A run's name may contain an equals sign
+        is_path = not equals or "/" in name or os.path.exists(argument) or glob.glob(argument)
+        if name in fields:
+            require(equals != "", f"{name}: has no value; write {name}=…")
+            values[fields[name].name] = parse_value(name, text, fields[name].type)
+        elif takes_paths and is_path:
+            values[PATHS] += (argument,)
+        else:
             hint = f"{did_you_mean(name, fields)} (write {' '.join(fields)})"
             raise ConfigError(f"{name}: there is no such option{hint}")
-        if not equals:
-            raise ConfigError(f"{name}: has no value; write {name}=…")
-        values[fields[name].name] = parse_value(name, text, fields[name].type)
-    return schema(**values | ({PATHS: tuple(paths)} if takes_paths(schema) else {}))
+    return schema(**values)
 
 
 def parse_value(name: str, text: str, annotation: Any) -> Any:
@@ -179,10 +168,9 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
         return None
     kind = kinds[0]
     if issubclass(kind, Enum):
-        choices = list(kind.__members__)
-        if text not in choices:
-            hint = did_you_mean(text, choices)
-            raise ConfigError(f"{name}={text}: is none of {', '.join(choices)}{hint}")
+        choices = kind.__members__
+        hint = did_you_mean(text, choices)
+        require(text in choices, f"{name}={text}: is none of {', '.join(choices)}{hint}")
         return kind[text]
     try:
         return kind(text)

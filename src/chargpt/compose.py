@@ -5,7 +5,6 @@ of configs/default.yaml, also in a process that a launcher starts and that never
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import re
@@ -30,7 +29,7 @@ from chargpt.config import CONFIGS, Config, did_you_mean, options, typed
 from chargpt.errors import ConfigError, RunFailed, one_line, require
 
 EXPECTED = (ConfigError, RunFailed, HydraException, OmegaConfBaseException)  # errors of one line
-# Hydra's launchers that an extra of this package installs
+# Hydra's launchers, and the extras of this package that install them
 EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
@@ -55,7 +54,7 @@ def parse(settings: DictConfig) -> Config:
 
 def change(config: Config, values: Mapping[str, Any]) -> Config:
     """`config` with values of dotted names; ConfigError if one is unknown or breaks a rule."""
-    settings = OmegaConf.structured(copy.deepcopy(config))
+    settings = OmegaConf.structured(config)
     try:
         for name, value in values.items():
             OmegaConf.update(settings, name, value, merge=True)
@@ -69,10 +68,10 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     values = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name, line = override.key_or_group, override.input_line
-        plain = name in options() and not override.is_delete() and not override.is_add()
-        if name in ("experiment", "launcher") or override.is_delete() or override.is_add():
-            raise ConfigError(f"{line}: cannot be combined with resume=; give single options")
-        if plain or not name.startswith("hydra."):
+        chooses = name in ("experiment", "launcher")
+        single = not (chooses or override.is_delete() or override.is_add())
+        require(single, f"{line}: cannot be combined with resume=; give single options")
+        if not name.startswith("hydra."):
             values[name] = override.value()
     return values
 
@@ -87,14 +86,14 @@ def jobs(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     loader = GlobalHydra.instance().config_loader()
     given = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
     with contextlib.suppress(HydraException, OmegaConfBaseException):
-        parser = OverridesParser.create(config_loader=loader)
+        parser = OverridesParser.create(loader)
         overrides = parser.parse_overrides([*given, *config.hydra.overrides.task])
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         for job in batch:
             settings = loader.load_sweep_config(config, job)
             with open_dict(settings):
                 del settings["hydra"]
-                # Its own follow from files that do not exist yet.
+                # The job's own names follow from files that do not exist yet
                 settings.wandb.name = settings.wandb.group = "job"
             yield " ".join(job), settings
 
@@ -184,7 +183,9 @@ def command(arguments: Sequence[str]) -> str:
 
 def explain(error: Exception) -> str:
     """One line for an error of ours, of Hydra's or of OmegaConf's."""
-    chain = list(causes(error))
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     for cause in chain:
         if isinstance(cause, ConfigError | RunFailed):  # in a resolver, say
             return str(cause).split("\n")[0]
@@ -196,17 +197,10 @@ def explain(error: Exception) -> str:
     return one_line(error)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def explain_missing(error: MissingConfigException) -> str:
-    """A file that a group of configurations does not have."""
+    """One line for a file that a group of configurations does not have."""
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    if group == "hydra/launcher" and name in EXTRAS:
-        extra = EXTRAS[name]
+    if group == "hydra/launcher" and (extra := EXTRAS.get(name)):
         return f"launcher={extra}: is not installed; write pip install -e '.[{extra}]'"
     known = sorted(error.options or ())
     hint = did_you_mean(name, known)
@@ -214,7 +208,7 @@ def explain_missing(error: MissingConfigException) -> str:
 
 
 def no_such_option(name: str) -> str:
-    """What is wrong with the name of no option: it names a group of them, or is misspelt."""
+    """What is wrong with a name that is not an option: it names a group, or is misspelt."""
     if any(known.startswith(f"{name}.") for known in options()):
         return f"{name}: is a group of options; name one of them, such as {name}.NAME=…"
     hint = did_you_mean(name, options())
@@ -222,7 +216,7 @@ def no_such_option(name: str) -> str:
 
 
 def explain_key(error: OmegaConfBaseException) -> str:
-    """A key that does not exist, or a value that its type does not allow."""
+    """One line for a key that does not exist, or a value that its type does not allow."""
     name = str(error.full_key)
     if name not in options():
         return no_such_option(name)

@@ -11,19 +11,18 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from chargpt.errors import ConfigError, require
 
-MAX_SEQ_LEN = (
-    1 << 20
-)  # longer attention scores fit in no memory; a stranger's file may claim anything
+# Attention scores of longer contexts fit in no memory, and an imported file may claim anything.
+MAX_SEQ_LEN = 1 << 20
 MAX_WARMUP = 100  # steps of warm-up by default, in a run that is long enough
-REQUIRED = object()  # has been there from the beginning: a file without it is damaged
+REQUIRED = object()  # the option has always existed: a file without it is damaged
 
 
 def shipped(folder: str) -> Path:
@@ -35,7 +34,7 @@ def shipped(folder: str) -> Path:
 CONFIGS = shipped("configs")
 
 
-class AttentionType(Enum):
+class AttentionType(StrEnum):
     standard = "standard"
     selective = "selective"
     mqa = "mqa"
@@ -43,78 +42,39 @@ class AttentionType(Enum):
     mla = "mla"
     equinox = "equinox"
 
-    def __str__(self) -> str:
-        return self.name  # what ${model.mha_type} becomes in a run's name
 
-
-class Activation(Enum):
-    relu = "relu"
-    gelu = "gelu"
-    relu2 = "relu2"
-    swiglu = "swiglu"
-
-
-class Norm(Enum):
-    rmsnorm = "rmsnorm"
-    layernorm = "layernorm"
-
-
-class NormPosition(Enum):
-    pre = "pre"
-    post = "post"
-
-
-class DatasetName(Enum):
-    shakespeare = "shakespeare"
-    tinyshakespeare = "tinyshakespeare"
-    file = "file"
-
-
-class Match(Enum):
-    none = "none"
-    params = "params"
-
-
-class Sampling(Enum):
-    random = "random"
-    epochs = "epochs"
-
-
-class OptimizerName(Enum):
-    adamw = "adamw"
-    muon = "muon"
-
-
-class Schedule(Enum):
-    cosine = "cosine"
-    wsd = "wsd"
-    constant = "constant"
-
-
-class Precision(Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Mode(Enum):
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
+Activation = StrEnum("Activation", ["relu", "gelu", "relu2", "swiglu"])
+Norm = StrEnum("Norm", ["rmsnorm", "layernorm"])
+NormPosition = StrEnum("NormPosition", ["pre", "post"])
+DatasetName = StrEnum("DatasetName", ["shakespeare", "tinyshakespeare", "file"])
+Match = StrEnum("Match", ["none", "params"])
+Sampling = StrEnum("Sampling", ["random", "epochs"])
+OptimizerName = StrEnum("OptimizerName", ["adamw", "muon"])
+Schedule = StrEnum("Schedule", ["cosine", "wsd", "constant"])
+Precision = StrEnum("Precision", ["float32", "bfloat16"])
+Mode = StrEnum("Mode", ["offline", "online", "disabled"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What the program must know about an option besides its type and its value."""
+    """What the program must know about an option in addition to its type and its value."""
 
     neutral: Any = REQUIRED  # what the program did before the option existed
-    traced: bool = (
-        False  # an input of the compiled step: runs that differ in it share the executable
-    )
+    least: int | None = None  # the smallest value, if it is set
+    within: tuple[float, float, str] | None = None  # low, high, closed: as for require_between
+    # An input of the compiled step: runs that differ in it share the executable
+    traced: bool = False
     fixed: bool = False  # cannot change on resume: it would be another run
     incidental: bool = False  # changes neither what is learned nor how fast; not in a run's name
 
 
-def option(neutral: Any = REQUIRED, **facts: bool) -> Any:
+POSITIVE = (0.0, math.inf, "")
+NOT_NEGATIVE = (0.0, math.inf, "low")
+BELOW_ONE = (0.0, 1.0, "low")
+FRACTION = (0.0, 1.0, "low high")
+
+
+def option(neutral: Any = REQUIRED, **facts: Any) -> Any:
     """A field of the configuration, with what `Option` says about it."""
     return dataclasses.field(metadata={"option": Option(neutral, **facts)})
 
@@ -128,9 +88,8 @@ def require_at_least(group: str, config: Any, minimum: int, names: Iterable[str]
     """Every named field that is set is >= minimum; `group` is its parent on the command line."""
     for name in names:
         value = getattr(config, name)
-        require(
-            value is None or value >= minimum, f"{group}{name}={value}: must be at least {minimum}"
-        )
+        rule = f"must be at least {minimum}"
+        require(value is None or value >= minimum, f"{group}{name}={value}: {rule}")
 
 
 def require_between(
@@ -149,61 +108,67 @@ def require_between(
 def require_divides(name: str, value: int | None, number: int, what: str) -> None:
     """`value`, if it is set, divides `number`."""
     if value is not None and number % value:
-        # Up to more than any sensible choice: an absurd number is answered at once too.
+        # No divisors beyond any sensible choice, so that an absurd number is answered at once too
         divisors = [str(d) for d in range(1, min(number, 4096) + 1) if number % d == 0]
-        raise ConfigError(
-            f"{name}={value}: does not divide {what}={number}; write one of {', '.join(divisors)}"
-        )
+        rule = f"does not divide {what}={number}; write one of {', '.join(divisors)}"
+        raise ConfigError(f"{name}={value}: {rule}")
 
 
 @dataclasses.dataclass
-class MLAConfig:
-    q_lora_rank: int | None = fixed()
-    kv_lora_rank: int = fixed()
-    qk_nope_head_dim: int = fixed()
-    qk_rope_head_dim: int = fixed()
-    v_head_dim: int = fixed()
+class Group:
+    """Options whose names begin with `prefix`; a value out of range is a ConfigError."""
+
+    prefix: ClassVar[str]
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
-        require_at_least("model.mla.", self, 1, names)
+        for field in dataclasses.fields(self):
+            facts = field.metadata["option"]
+            if facts.least is not None:
+                require_at_least(self.prefix, self, facts.least, [field.name])
+            if facts.within is not None:
+                low, high, closed = facts.within
+                require_between(self.prefix, self, low, high, [field.name], closed=closed)
 
 
 @dataclasses.dataclass
-class ModelConfig:
+class MLAConfig(Group):
+    prefix = "model.mla."
+    q_lora_rank: int | None = fixed(least=1)
+    kv_lora_rank: int = fixed(least=1)
+    qk_nope_head_dim: int = fixed(least=1)
+    qk_rope_head_dim: int = fixed(least=1)
+    v_head_dim: int = fixed(least=1)
+
+
+@dataclasses.dataclass
+class ModelConfig(Group):
+    prefix = "model."
     mha_type: AttentionType = fixed()
-    d_model: int = fixed()
-    num_layers: int = fixed()
-    num_heads: int = fixed()
-    num_kv_heads: int | None = fixed()
-    head_dim: int | None = fixed()
-    d_ff: int | None = fixed()
+    d_model: int = fixed(least=1)
+    num_layers: int = fixed(least=1)
+    num_heads: int = fixed(least=1)
+    num_kv_heads: int | None = fixed(least=1)
+    head_dim: int | None = fixed(least=1)
+    d_ff: int | None = fixed(least=1)
     match: Match = fixed("none")
     activation: Activation = fixed()
     norm: Norm = fixed()
     norm_position: NormPosition = fixed()
     rope: bool = fixed()
-    rope_theta: float = fixed()
+    rope_theta: float = fixed(within=POSITIVE)
     learned_positions: bool = fixed(False)
     qk_norm: bool = fixed()
-    dropout: float = fixed()
+    dropout: float = fixed(within=BELOW_ONE)
     tie_embeddings: bool = fixed(False)
     zero_init: bool = fixed(False)
-    residual_scale: float = fixed(1.0)
-    logit_softcap: float | None = fixed(None)
+    residual_scale: float = fixed(1.0, within=POSITIVE)
+    logit_softcap: float | None = fixed(None, within=POSITIVE)
     mla: MLAConfig = fixed()
 
     def __post_init__(self) -> None:
-        sizes = ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"]
-        require_at_least("model.", self, 1, sizes)
-        numbers = ["rope_theta", "residual_scale", "logit_softcap"]
-        require_between("model.", self, 0.0, math.inf, numbers)
-        require_between("model.", self, 0.0, 1.0, ["dropout"], closed="low")
-        require(
-            not (self.zero_init and self.tie_embeddings),
-            "model.zero_init=true: an output head of zeros cannot be the embedding; "
-            "write model.tie_embeddings=false",
-        )
+        super().__post_init__()
+        rule = "an output head of zeros cannot be the embedding; write model.tie_embeddings=false"
+        require(not (self.zero_init and self.tie_embeddings), f"model.zero_init=true: {rule}")
 
     @property
     def ff_width(self) -> int:
@@ -211,90 +176,72 @@ class ModelConfig:
 
 
 @dataclasses.dataclass
-class DatasetConfig:
+class DatasetConfig(Group):
+    prefix = "dataset."
     name: DatasetName = option()
     filepath: str | None = incidental()  # a text is known by its hash
-    seq_len: int = fixed()
+    seq_len: int = fixed(least=1)
     sampling: Sampling = fixed("random")
-    val_fraction: float = fixed()
+    val_fraction: float = fixed(within=(0.0, 1.0, ""))
 
     def __post_init__(self) -> None:
-        require_at_least("dataset.", self, 1, ["seq_len"])
-        require(
-            self.seq_len <= MAX_SEQ_LEN,
-            f"dataset.seq_len={self.seq_len}: must be at most {MAX_SEQ_LEN:,}",
-        )
-        require_between("dataset.", self, 0.0, 1.0, ["val_fraction"])
+        super().__post_init__()
+        longest = f"dataset.seq_len={self.seq_len}: must be at most {MAX_SEQ_LEN:,}"
+        require(self.seq_len <= MAX_SEQ_LEN, longest)
         if self.name is DatasetName.file:
-            require(
-                self.filepath is not None,
-                "dataset.name=file: needs a text; write dataset.filepath=PATH",
-            )
+            rule = "needs a text; write dataset.filepath=PATH"
+            require(self.filepath is not None, f"dataset.name=file: {rule}")
         else:
-            require(
-                self.filepath is None,
-                f"dataset.filepath={self.filepath}: is read only with dataset.name=file, "
-                f"not {self.name.name}",
-            )
+            rule = f"is read only with dataset.name=file, not {self.name}"
+            require(self.filepath is None, f"dataset.filepath={self.filepath}: {rule}")
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
+class OptimizerConfig(Group):
+    prefix = "optimizer."
     name: OptimizerName = fixed()
-    learning_rate: float = traced()
-    adam_learning_rate: float | None = traced(None)
-    weight_decay: float = traced()
-    momentum: float = option(0.95)
-    newton_schulz_steps: int = option(5)
-    beta1: float = option()
-    beta2: float = option()
-    eps: float = option(1e-8)
-    grad_clip: float | None = option()
+    learning_rate: float = traced(within=POSITIVE)
+    adam_learning_rate: float | None = traced(None, within=POSITIVE)
+    weight_decay: float = traced(within=NOT_NEGATIVE)
+    momentum: float = option(0.95, within=BELOW_ONE)
+    newton_schulz_steps: int = option(5, least=1)
+    beta1: float = option(within=BELOW_ONE)
+    beta2: float = option(within=BELOW_ONE)
+    eps: float = option(1e-8, within=POSITIVE)
+    grad_clip: float | None = option(within=POSITIVE)
     schedule: Schedule = option()
-    warmup_steps: int | None = traced()
-    decay_fraction: float = traced(0.2)
-    final_lr_fraction: float = traced(0.1)
-    ema_decay: float | None = fixed(None)
+    warmup_steps: int | None = traced(least=0)
+    decay_fraction: float = traced(0.2, within=FRACTION)
+    final_lr_fraction: float = traced(0.1, within=FRACTION)
+    ema_decay: float | None = fixed(None, within=BELOW_ONE)
 
     def __post_init__(self) -> None:
-        positive = ["learning_rate", "adam_learning_rate", "eps", "grad_clip"]
-        shares = ["beta1", "beta2", "momentum", "ema_decay"]
-        fractions = ["decay_fraction", "final_lr_fraction"]
-        require_between("optimizer.", self, 0.0, math.inf, positive)
-        require_between("optimizer.", self, 0.0, math.inf, ["weight_decay"], closed="low")
-        require_between("optimizer.", self, 0.0, 1.0, shares, closed="low")
-        require_between("optimizer.", self, 0.0, 1.0, fractions, closed="low high")
-        require_at_least("optimizer.", self, 0, ["warmup_steps"])
-        require_at_least("optimizer.", self, 1, ["newton_schulz_steps"])
-        require(
-            self.adam_learning_rate is None or self.name is OptimizerName.muon,
-            f"optimizer.adam_learning_rate={self.adam_learning_rate}: is read only with "
-            "optimizer.name=muon; write optimizer.learning_rate",
-        )
+        super().__post_init__()
+        read = self.adam_learning_rate is None or self.name is OptimizerName.muon
+        rule = "is read only with optimizer.name=muon; write optimizer.learning_rate"
+        require(read, f"optimizer.adam_learning_rate={self.adam_learning_rate}: {rule}")
 
 
 @dataclasses.dataclass
-class TrainerConfig:
-    num_steps: int = traced()
-    batch_size: int = option()
-    grad_accum_steps: int = option(1)
-    num_devices: int | None = option(1)
+class TrainerConfig(Group):
+    prefix = "trainer."
+    num_steps: int = traced(least=1)
+    batch_size: int = option(least=1)
+    grad_accum_steps: int = option(1, least=1)
+    num_devices: int | None = option(1, least=1)
     precision: Precision = option()
-    log_every: int = incidental()
-    eval_every: int = option()
-    eval_tokens: int | None = option(None)
-    checkpoint_every: int = incidental()
-    sample_chars: int = incidental(400)
-    max_skipped_steps: int = incidental(10)
+    log_every: int = incidental(least=1)
+    eval_every: int = option(least=1)
+    eval_tokens: int | None = option(None, least=1)
+    checkpoint_every: int = incidental(least=1)
+    sample_chars: int = incidental(400, least=0)
+    max_skipped_steps: int = incidental(10, least=1)
 
     def __post_init__(self) -> None:
-        names = {field.name for field in dataclasses.fields(self)} - {"precision", "sample_chars"}
-        require_at_least("trainer.", self, 1, sorted(names))
-        require_at_least("trainer.", self, 0, ["sample_chars"])
-        name = "trainer.grad_accum_steps"
-        require_divides(name, self.grad_accum_steps, self.batch_size, "trainer.batch_size")
-        share = self.batch_size // self.grad_accum_steps
-        what = "trainer.batch_size / trainer.grad_accum_steps"
+        super().__post_init__()
+        name, batch_size = "trainer.grad_accum_steps", self.batch_size
+        require_divides(name, self.grad_accum_steps, batch_size, "trainer.batch_size")
+        share, what = batch_size // self.grad_accum_steps, f"trainer.batch_size / {name}"
         require_divides("trainer.num_devices", self.num_devices, share, what)
 
 
@@ -307,8 +254,8 @@ class WandbConfig:
     tags: list[str] = incidental([])
 
     def __post_init__(self) -> None:  # OmegaConf lets lists inside a list through
-        texts = all(isinstance(tag, str) for tag in self.tags)
-        require(texts, f"wandb.tags={self.tags}: must be a list of plain texts")
+        strings = all(isinstance(tag, str) for tag in self.tags)
+        require(strings, f"wandb.tags={self.tags}: must be a list of strings")
 
 
 @dataclasses.dataclass
@@ -324,17 +271,13 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be in [0, 2^32)")
-        steps = self.trainer.num_steps
-        require(
-            self.warmup_steps <= steps,
-            f"optimizer.warmup_steps={self.warmup_steps}: is longer than the run; "
-            f"write null, or at most trainer.num_steps={steps}",
-        )
-        require(
-            self.dataset.sampling is Sampling.random or steps * self.trainer.batch_size < 2**31,
-            "dataset.sampling=epochs: counts at most 2^31 sequences; "
-            "write dataset.sampling=random, or fewer steps",
-        )
+        warmup, steps = self.warmup_steps, self.trainer.num_steps
+        rule = f"is longer than the run; write null, or at most trainer.num_steps={steps}"
+        require(warmup <= steps, f"optimizer.warmup_steps={warmup}: {rule}")
+        rule = "counts at most 2^31 sequences; write dataset.sampling=random, or fewer steps"
+        counted = steps * self.trainer.batch_size < 2**31
+        random = self.dataset.sampling is Sampling.random
+        require(random or counted, f"dataset.sampling=epochs: {rule}")
 
     @property
     def warmup_steps(self) -> int:
@@ -343,12 +286,13 @@ class Config:
         return min(MAX_WARMUP, self.trainer.num_steps // 10) if configured is None else configured
 
 
+Table = dict[str, tuple[dataclasses.Field[Any], Option]]
+
+
 @functools.cache
-def options(
-    schema: type = Config, prefix: str = ""
-) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
+def options(schema: type = Config, prefix: str = "") -> Table:
     """(field, facts) of every option by its dotted name; groups such as `model` are not options."""
-    found: dict[str, tuple[dataclasses.Field[Any], Option]] = {}
+    found: Table = {}
     for field in dataclasses.fields(schema):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             found |= options(field.type, f"{prefix}{field.name}.")
@@ -359,9 +303,8 @@ def options(
 
 def to_plain(config: Config) -> dict[str, Any]:
     """The configuration as JSON-able data, enums by name."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return plain
 
 
 def to_yaml(config: Config) -> str:
@@ -374,13 +317,12 @@ def from_plain(plain: dict[str, Any]) -> Config:
 
     What the file does not know has its neutral value. Anything but plain values is refused.
     """
-    require("${" not in str(plain), "a saved configuration holds plain values, no ${...}")
+    require("${" not in str(plain), "a saved configuration holds plain values, not ${...}")
     neutral = OmegaConf.create()
     for name, (_, facts) in options().items():
         if facts.neutral is not REQUIRED:
             OmegaConf.update(neutral, name, facts.neutral)
-    merged = OmegaConf.merge(OmegaConf.structured(Config), neutral, plain)
-    assert isinstance(merged, DictConfig)
+    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), neutral, plain)
     return typed(merged)
 
 

@@ -220,7 +220,7 @@ def test_runs_that_are_alike_raise_no_doubts(result: Comparison) -> None:
         ),
         (
             arm("b", versions={"jax": "0.11.0"}),
-            "versions of jax differ (0.10.2, 0.11.0): their speeds are hardly comparable",
+            "versions of jax differ (0.10.2, 0.11.0): compare their speeds with care",
         ),
         (
             arm("b", "trainer.num_steps=800", **{"final/step": 800}),

@@ -83,7 +83,7 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
     speeds = "their speeds cannot be compared"
     differ("texts", (run.corpus[:12] for run in runs), "their losses cannot be compared")
     differ("devices", (run.summary.get("device") for run in runs), speeds)
-    differ("versions of jax", (run.jax for run in runs), "their speeds are hardly comparable")
+    differ("versions of jax", (run.jax for run in runs), "compare their speeds with care")
     trainers = [(run.config.trainer, run.config.dataset.seq_len) for run in runs]
     tokens = [f"{t.num_steps * t.batch_size * seq_len:,}" for t, seq_len in trainers]
     differ("training tokens", tokens, "their losses come from different budgets")
@@ -178,8 +178,8 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
 
 
 def to_markdown(arms: Sequence[Arm]) -> str:
-    texts = [[text for text, _ in row] for row in rows(arms)]
-    escaped = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in row] for row in texts]
+    texts = [[text for text, _ in cells] for cells in rows(arms)]
+    escaped = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in line] for line in texts]
     lines = [COLUMNS, ["---"] * len(COLUMNS), *escaped]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -12,7 +12,7 @@ import os
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +239,8 @@ def row(trial: Any, space: Space) -> list[Cell]:
     return [number, loss, *zip(texts, values, strict=True)]
 
 
-def drawings(study: Any, finished: int) -> Sequence[str]:
-    """What Optuna draws of a study."""
+def drawings(study: Any, finished: int) -> list[str]:
+    """Optuna's figures of a study with so many finished trials."""
     from optuna.visualization import matplotlib as optuna_draws
 
     parts = [
@@ -259,11 +259,11 @@ def drawings(study: Any, finished: int) -> Sequence[str]:
 
 def drawing(draw: Callable[..., Any], study: Any, alternative: str) -> str:
     """One of Optuna's figures, as an image."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # That they are experimental, and that an axis has one value
-        warnings.simplefilter("ignore")
-        from matplotlib import pyplot
+    from matplotlib import pyplot
 
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # They are experimental, and an axis may have one value.
+        warnings.simplefilter("ignore")
         figure = draw(study, target_name=LOSS).figure
         png = to_png(figure)
         pyplot.close(figure)
