@@ -11,7 +11,7 @@ import time
 import jax
 from train import machine
 
-from chargpt.attention.base import dot_product_attention
+from chargpt.attention.kernel import dot_product_attention
 
 SIZES = [(16, 300, 2, 32), (12, 64, 4, 32), (4, 256, 6, 64)]
 ROUNDS = 15

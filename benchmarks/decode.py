@@ -50,7 +50,7 @@ def cacheless_arm(model: GPT, batch: int, seq_len: int) -> Callable[[], int]:
 
     @eqx.filter_jit
     def next_tokens(model, tokens, key):
-        logits = jax.vmap(model)(tokens)[:, -1]
+        logits = model.batch(tokens)[:, -1]
         new = jax.random.categorical(key, logits, axis=-1)
         return jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
 

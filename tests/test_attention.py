@@ -18,7 +18,7 @@ from chargpt.attention import (
     SelectiveAttention,
     make_attention,
 )
-from chargpt.attention.base import dot_product_attention, fused_kernel
+from chargpt.attention.kernel import dot_product_attention, fused_kernel
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
 
@@ -716,3 +716,13 @@ def test_the_fused_kernel_is_for_a_gpu_and_16_bit_numbers_of_a_width_that_it_tak
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert fused_kernel(dtype, width) is expected
+
+
+def test_a_batch_is_its_sequences(mha_type):
+    """Also beyond a block of the kernel."""
+    attention = make(mha_type)
+    x = normal(3, 70, D_MODEL, seed=4)
+    batched = eqx.filter_jit(lambda layer, rows: layer.batch(rows, 3))
+    found = batched(attention, x.reshape(-1, D_MODEL)).reshape(x.shape)
+    for sequence, expected in zip(x, found, strict=True):
+        close(forward(attention, sequence), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What composes, what is refused with which line; rules of attention types; names of folders."""
+"""What composes, what is refused and how; rules of attention types; names of folders."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def test_values_of_another_type_and_unknown_options_are_refused_by_name(override
         ("model.dropout=1.0", "model.dropout=1.0: must be a finite number in [0, 1)"),
     ],
 )
-def test_the_answer_says_what_to_write(override, answer):
+def test_the_message_says_what_to_write(override, answer):
     assert refusal(override) == answer
 
 
@@ -110,13 +110,13 @@ def test_the_answer_says_what_to_write(override, answer):
     ("override", "guess"),
     [("model.mha_type=selctive", "selective"), ("model.activation=swigl", "swiglu")],
 )
-def test_a_misspelt_choice_is_answered_with_the_nearest(override, guess):
+def test_the_message_for_a_misspelt_choice_names_the_nearest(override, guess):
     text = refusal(override)
     assert text.startswith(f"{override.partition('=')[0]}: ")
     assert text.endswith(f"; did you mean {guess}?")
 
 
-def test_a_mode_in_the_environment_that_does_not_exist_is_refused(monkeypatch):
+def test_an_unknown_mode_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert "dryrun" in refusal()
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -147,7 +147,7 @@ def test_absurd_sizes_are_answered_at_once(overrides):
 @pytest.mark.parametrize(
     "override", [r"wandb.name='\${x}'", r"wandb.tags=['\${oc.env:HOME}']", r"wandb.group='a\${'"]
 )
-def test_a_literal_interpolation_does_not_compose_since_it_could_not_be_read_back(override):
+def test_a_literal_interpolation_is_refused_because_it_could_not_be_read_back(override):
     assert refusal(override).startswith("wandb.")
 
 
@@ -157,7 +157,7 @@ def test_a_literal_interpolation_does_not_compose_since_it_could_not_be_read_bac
 @pytest.mark.parametrize(
     "option", ["model.qk_norm=true", "model.head_dim=6", "model.rope=false"], ids=str
 )
-def test_an_option_is_taken_by_the_types_that_declare_it_and_refused_by_the_others(
+def test_an_option_is_accepted_by_the_types_that_declare_it_and_refused_by_the_others(
     mha_type, option
 ):
     name = option.partition("=")[0].removeprefix("model.")
@@ -172,14 +172,13 @@ def test_an_option_is_taken_by_the_types_that_declare_it_and_refused_by_the_othe
 
 
 @pytest.mark.parametrize("kind", ["selective", "mla", "equinox"])
-def test_qk_norm_is_refused_with_the_reason_why_a_type_cannot_have_it(kind):
+def test_qk_norm_is_refused_with_the_reason_that_the_type_declares(kind):
     text = refusal(f"model.mha_type={kind}", "model.qk_norm=true")
     expected = rf"{kind} attention does not implement it \(.+\); write model\.qk_norm=false"
     assert re.fullmatch(rf"model\.qk_norm=true: {expected}", text)
 
 
-def test_a_misdeclared_option_cannot_pass():
-    """Whatever a type accepts or refuses with a reason is an option that types may refuse."""
+def test_types_declare_only_options_that_types_may_refuse():
     for kind in AttentionType:
         layer = layer_of(kind)
         assert layer.accepts <= set(OPTIONAL) and set(layer.refuses) <= set(OPTIONAL)
@@ -187,7 +186,7 @@ def test_a_misdeclared_option_cannot_pass():
 
 
 @pytest.mark.parametrize("kind", ["standard", "gqa", "mqa", "selective", "equinox"])
-def test_heads_divide_the_width_where_head_dim_follows_from_it(kind):
+def test_heads_divide_the_width_if_head_dim_follows_from_it(kind):
     advice = "does not divide model.d_model=128; write one of 1, 2, 4, 8, 16, 32, 64, 128"
     text = refusal(f"model.mha_type={kind}", "model.num_heads=3")
     assert text == f"model.num_heads=3: {advice}"
@@ -221,7 +220,7 @@ def test_kv_heads_are_half_of_the_heads_for_gqa_all_for_standard_and_one_for_mqa
 
 
 @pytest.mark.parametrize("kind", ["standard", "gqa", "mqa"])
-def test_an_odd_head_dim_is_refused_with_rope_alone(kind):
+def test_an_odd_head_dim_is_refused_only_with_rope(kind):
     overrides = (f"model.mha_type={kind}", "model.head_dim=7")
     text = refusal(*overrides)
     assert text.startswith("model.head_dim=7: ") and "even" in text
@@ -231,16 +230,16 @@ def test_an_odd_head_dim_is_refused_with_rope_alone(kind):
 
 
 @pytest.mark.parametrize("kind", ["standard", "gqa", "mqa", "selective", "equinox"])
-def test_an_odd_width_that_follows_from_d_model_is_refused_with_rope_alone(kind):
+def test_an_odd_width_that_follows_from_d_model_is_refused_only_with_rope(kind):
     overrides = (f"model.mha_type={kind}", "model.d_model=12", "model.num_heads=4")
     text = refusal(*overrides)
     assert "=3: " in text and "even" in text and text.endswith("or write model.rope=false")
-    if kind in ("selective", "equinox"):  # no head_dim to set: the answer names what can be set
+    if kind in ("selective", "equinox"):  # no head_dim to set: the message names what can be set
         assert "model.head_dim" not in text and "num_heads" in text
     assert make_config(*overrides, "model.rope=false").model.d_model == 12
 
 
-def test_an_odd_rope_width_of_mla_is_refused_with_rope_alone():
+def test_an_odd_rope_width_of_mla_is_refused_only_with_rope():
     overrides = ("model.mha_type=mla", "model.mla.qk_rope_head_dim=3")
     text = refusal(*overrides)
     assert text.startswith("model.mla.qk_rope_head_dim=3: ")
@@ -273,7 +272,7 @@ def combinations(choices: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def declined(model: ModelConfig) -> dict[str, Any]:
-    """Options that the attention type of `model` does not take, with their neutral values."""
+    """Options that the attention type of `model` refuses, with their neutral values."""
     asked = {name for name, neutral in OPTIONAL.items() if getattr(model, name) != neutral}
     return {n: v for n, v in OPTIONAL.items() if n in asked - accepted(model.mha_type)}
 
@@ -290,7 +289,7 @@ def test_every_combination_of_attention_options_is_built_or_refused_with_what_to
         try:
             check(model)
         except ConfigError as error:
-            # A type may read num_kv_heads, and three do not divide four heads.
+            # A type may read num_kv_heads, and 3 does not divide 4 heads.
             assert declined(model) or options["num_kv_heads"] == 3, error
             assert re.fullmatch(r"model\.\w+=\w+: .+; write .+", str(error))
         else:
@@ -334,7 +333,7 @@ def test_what_composes_is_a_model_in_either_precision(model_config, precision):
 def test_every_experiment_composes_with_every_attention_type_and_comes_back_from_json(
     experiment, mha_type
 ):
-    """What a type does not take is refused, and the answer says what makes the experiment fit."""
+    """An option that the type refuses is named, with the value that makes the experiment fit."""
     overrides = [f"experiment={experiment}", f"model.mha_type={mha_type.name}"]
     model = make_config(overrides[0]).model
     for name, value in declined(dataclasses.replace(model, mha_type=mha_type)).items():
@@ -401,7 +400,7 @@ def test_a_changed_configuration_is_the_one_that_would_have_been_composed():
         ("model.num_heads", 3, "does not divide model.d_model=128"),
     ],
 )
-def test_a_change_is_checked_as_what_is_typed(name, value, answer):
+def test_a_change_is_checked_like_an_override(name, value, answer):
     with pytest.raises(ConfigError) as error:
         change(make_config(), {name: value})
     text = str(error.value)
@@ -414,7 +413,7 @@ def test_an_override_that_chooses_adds_or_deletes_is_not_a_value(override):
         read_overrides(["seed=1", override])
 
 
-def test_overrides_of_hydra_itself_are_no_options():
+def test_overrides_of_hydra_itself_are_not_options():
     assert read_overrides(["hydra.run.dir=x", "seed=3", "model.rope=false", "wandb.name=a b"]) == {
         "seed": 3,
         "model.rope": False,
@@ -481,9 +480,8 @@ def run_dir(*overrides: str) -> str:
     ("name", "end"), [("'../../x'", "x"), ("'a/b'", "a-b"), ("123", "123"), ("''", "run")]
 )
 def test_a_run_directory_is_inside_outputs_whatever_the_name(name, end):
-    assert re.fullmatch(
-        rf"outputs/\d{{4}}-\d\d-\d\d/\d\d-\d\d-\d\d_{end}", run_dir(f"wandb.name={name}")
-    )
+    expected = rf"outputs/\d{{4}}-\d\d-\d\d/\d\d-\d\d-\d\d_{end}"
+    assert re.fullmatch(expected, run_dir(f"wandb.name={name}"))
 
 
 def test_a_resumed_run_stays_in_its_directory_and_keeps_the_files_of_its_beginning(tmp_path):
@@ -501,8 +499,8 @@ def test_a_run_is_named_after_its_attention_type(mha_type):
     assert run_dir(override).endswith(f"_{mha_type.name}")
 
 
-def test_a_name_tells_the_seed_and_what_is_neither_incidental_nor_a_file():
-    told = ["seed=1", "model.rope=false", "optimizer.name=muon", "dataset.name=file"]
-    untold = ["mode=online", "resume=x", "wandb.tags=[a]", "dataset.filepath=x", "experiment=debug"]
-    untold += ["launcher=joblib", "trainer.log_every=5", "+model.x=1", "~seed"]
-    assert [setting for setting in [*told, *untold] if compose.tells(setting)] == told
+def test_the_seed_and_options_that_are_not_incidental_belong_in_a_name():
+    inside = ["seed=1", "model.rope=false", "optimizer.name=muon", "dataset.name=file"]
+    outside = ["mode=online", "resume=x", "wandb.tags=[a]", "dataset.filepath=x", "+model.x=1"]
+    outside += ["launcher=joblib", "trainer.log_every=5", "experiment=debug", "~seed"]
+    assert list(filter(compose.belongs_in_name, [*inside, *outside])) == inside

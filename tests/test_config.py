@@ -1,4 +1,4 @@
-"""Every rule of the schema and its answer; saved configurations, of this version and older ones."""
+"""Every rule of the schema and its message; saved configurations of this and older versions."""
 
 import copy
 import dataclasses
@@ -40,13 +40,12 @@ DEFAULT = make_config()
 
 
 def replace(group: Any, options: dict[str, Any]) -> Any:
-    """A copy of `group` with dotted options set, the rules of every group on the way checked."""
+    """A copy of `group` with dotted options set; the rules of every group involved are checked."""
     changes: dict[str, Any] = {}
     for name, value in options.items():
         head, _, rest = name.partition(".")
-        changes[head] = (
-            replace(changes.get(head, getattr(group, head)), {rest: value}) if rest else value
-        )
+        inner = changes.get(head, getattr(group, head))
+        changes[head] = replace(inner, {rest: value}) if rest else value
     return dataclasses.replace(group, **changes)
 
 
@@ -58,18 +57,13 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
 
 # --- rules that hold for every attention type
 
-AT_LEAST_1 = (
-    [
-        f"model.{name}"
-        for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-    ]
-    + [f"model.mla.{field.name}" for field in dataclasses.fields(config.MLAConfig)]
-    + ["dataset.seq_len", "optimizer.newton_schulz_steps"]
-    + [f"trainer.{name}" for name in ("num_steps", "batch_size", "grad_accum_steps", "num_devices")]
-    + [f"trainer.{name}" for name in ("log_every", "eval_every", "eval_tokens")]
-    + [f"trainer.{name}" for name in ("checkpoint_every", "max_skipped_steps")]
-)
-INTERVALS = {  # option: (the values refused, the interval that the answer names)
+AT_LEAST_1 = ["model.d_model", "model.num_layers", "model.num_heads", "model.num_kv_heads"]
+AT_LEAST_1 += ["model.head_dim", "model.d_ff", "dataset.seq_len", "optimizer.newton_schulz_steps"]
+AT_LEAST_1 += [f"model.mla.{field.name}" for field in dataclasses.fields(config.MLAConfig)]
+AT_LEAST_1 += ["trainer.num_steps", "trainer.batch_size", "trainer.grad_accum_steps"]
+AT_LEAST_1 += ["trainer.num_devices", "trainer.log_every", "trainer.eval_every"]
+AT_LEAST_1 += ["trainer.eval_tokens", "trainer.checkpoint_every", "trainer.max_skipped_steps"]
+INTERVALS = {  # option: (the values refused, the interval that the message names)
     "model.rope_theta": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
     "model.residual_scale": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
     "model.logit_softcap": ((0.0, -15.0, "nan", "inf"), "(0, inf)"),
@@ -126,7 +120,7 @@ RULES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "advice"), RULES)
-def test_a_broken_rule_is_answered_in_one_line_with_option_value_and_advice(name, value, advice):
+def test_a_broken_rule_is_one_line_with_option_value_and_advice(name, value, advice):
     with pytest.raises(ConfigError) as error:
         change(DEFAULT, {name: value})
     assert refusal(error) == f"{name}={value}: {advice}"
@@ -179,7 +173,7 @@ def test_the_edge_of_a_rule_is_allowed(name, value):
 # --- rules about two options
 
 
-def test_zeros_for_a_head_are_refused_where_the_head_is_the_embedding(mha_type):
+def test_zeros_for_a_head_are_refused_if_the_head_is_the_embedding(mha_type):
     zeros = {"model.mha_type": mha_type, "model.zero_init": True}
     with pytest.raises(ConfigError) as error:
         change(DEFAULT, zeros | {"model.tie_embeddings": True})
@@ -194,11 +188,8 @@ def test_epochs_count_sequences_below_2_to_the_31():
     with pytest.raises(ConfigError) as error:
         replace(DEFAULT, steps | {"dataset.sampling": Sampling.epochs})
     text = refusal(error)
-    assert (
-        text.startswith("dataset.sampling=epochs: ")
-        and "2^31" in text
-        and "write dataset.sampling=random" in text
-    )
+    assert text.startswith("dataset.sampling=epochs: ") and "2^31" in text
+    assert "write dataset.sampling=random" in text
     assert replace(DEFAULT, steps).dataset.sampling is Sampling.random
     most = steps | {"trainer.num_steps": 2**26 - 1, "dataset.sampling": Sampling.epochs}
     assert replace(DEFAULT, most).dataset.sampling is Sampling.epochs
@@ -207,7 +198,7 @@ def test_epochs_count_sequences_below_2_to_the_31():
 @pytest.mark.parametrize(
     ("num_steps", "expected"), [(1, 0), (9, 0), (10, 1), (800, 80), (1000, 100), (10**6, 100)]
 )
-def test_warm_up_is_a_tenth_of_the_run_at_most_100_steps_unless_it_is_given(num_steps, expected):
+def test_warm_up_is_a_tenth_of_the_run_at_most_100_steps_unless_it_is_set(num_steps, expected):
     run = {"trainer.num_steps": num_steps}
     assert replace(DEFAULT, run).optimizer.warmup_steps is None
     assert replace(DEFAULT, run).warmup_steps == expected
@@ -270,7 +261,7 @@ def test_any_configuration_comes_back_unchanged(choices, rate, seed, name, tags)
 
 
 def changed(name: str, value: Any) -> dict[str, Any]:
-    """The defaults as a file has them, with one value changed, whatever it is."""
+    """The defaults as in a file, with one value replaced by any other."""
     plain = copy.deepcopy(to_plain(DEFAULT))
     *groups, last = name.split(".")
     target = plain
@@ -281,7 +272,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 
 
 def without(*names: str) -> dict[str, Any]:
-    """The defaults as a file has them, with some options left out."""
+    """The defaults as in a file, without some options."""
     plain = to_plain(DEFAULT)
     for name in names:
         *groups, last = name.split(".")
@@ -299,14 +290,14 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", [*(name for name in options() if name not in NEUTRAL), *GROUPS])
-def test_a_saved_configuration_without_an_option_that_was_always_there_is_refused(name):
+def test_a_saved_configuration_without_an_option_that_always_existed_is_refused(name):
     with pytest.raises(OmegaConfBaseException, match=name.rpartition(".")[2]):
         from_plain(without(name))
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_a_file_without_an_option_that_came_later_means_its_neutral_value(name):
-    """What the program did before the option existed, and of the option's own type."""
+def test_an_option_that_an_older_file_lacks_has_its_neutral_value(name):
+    """The neutral value is of the option's own type."""
     old = from_plain(without(name))
     assert old == from_plain(changed(name, NEUTRAL[name]))
     value = settings_of(old)[name]
@@ -314,22 +305,16 @@ def test_a_file_without_an_option_that_came_later_means_its_neutral_value(name):
     assert from_plain(to_plain(old)) == old
 
 
-def test_a_file_without_all_that_came_later_is_read_too():
+def test_a_file_that_lacks_every_later_option_is_read_too():
     old = from_plain(without(*NEUTRAL))
     assert settings_of(old) == settings_of(DEFAULT) | NEUTRAL
 
 
+HOME = "${oc.env:HOME}"
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        "${oc.env:HOME}",
-        "a ${seed} b",
-        r"\${seed}",
-        "${",
-        ["${oc.env:HOME}"],
-        [["${oc.env:HOME}"]],
-        [{"a": "${oc.env:HOME}"}],
-    ],
+    "value", [HOME, "a ${seed} b", r"\${seed}", "${", [HOME], [[HOME]], [{"a": HOME}]]
 )
 @pytest.mark.parametrize(
     "name", ["wandb.name", "wandb.tags", "dataset.filepath", "seed", "model.mha_type", "model"]
@@ -383,7 +368,7 @@ def test_unknown_options_and_wrong_types_in_a_saved_configuration_are_refused(na
     ("name", "value"),
     [("model.d_model", 0), ("trainer.grad_accum_steps", 3), ("model.dropout", float("nan"))],
 )
-def test_a_saved_configuration_keeps_the_same_rules(name, value):
+def test_a_saved_configuration_is_checked_by_the_same_rules(name, value):
     with pytest.raises(ConfigError, match=re.escape(f"{name}={value}: ")) as error:
         from_plain(changed(name, value))
     refusal(error)
@@ -399,12 +384,8 @@ def test_the_defaults_do_not_differ_from_themselves(mha_type):
 
 
 def test_differences_are_what_was_overridden_spelled_as_on_the_command_line():
-    overrides = (
-        "model.activation=swiglu",
-        "optimizer.learning_rate=1e-2",
-        "model.mla.q_lora_rank=8",
-        "wandb.tags=[a]",
-    )
+    overrides = ["model.activation=swiglu", "optimizer.learning_rate=1e-2"]
+    overrides += ["model.mla.q_lora_rank=8", "wandb.tags=[a]"]
     changes = {
         "model.activation": "swiglu",
         "optimizer.learning_rate": 0.01,
@@ -412,20 +393,15 @@ def test_differences_are_what_was_overridden_spelled_as_on_the_command_line():
         "wandb.tags": ["a"],
     }
     assert differences(make_config(*overrides)) == changes
-    assert (
-        differences(make_config("seed=0", "model.d_model=128", "optimizer.learning_rate=0.003"))
-        == {}
-    )
+    usual = ["seed=0", "model.d_model=128", "optimizer.learning_rate=0.003"]
+    assert differences(make_config(*usual)) == {}
 
 
-def test_differences_of_an_experiment_are_its_file_less_what_repeats_the_defaults():
-    file = flatten(
-        OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "experiment" / "debug.yaml"))
-    )
-    usual = settings_of(DEFAULT)
-    assert differences(make_config("experiment=debug")) == {
-        k: v for k, v in file.items() if v != usual[k]
-    }
+def test_differences_of_an_experiment_are_its_file_without_what_repeats_the_defaults():
+    path = ROOT / "configs" / "experiment" / "debug.yaml"
+    file, usual = flatten(yaml.safe_load(path.read_text())), settings_of(DEFAULT)
+    expected = {name: value for name, value in file.items() if value != usual[name]}
+    assert differences(make_config("experiment=debug")) == expected
 
 
 def test_a_value_is_spelled_as_the_command_line_reads_it():
@@ -458,13 +434,10 @@ def test_a_misspelt_or_misplaced_option_is_recognised(word, answer):
 
 
 @pytest.mark.parametrize("word", ["", "qqqqqq", "xyz.abc", "0"])
-def test_what_resembles_nothing_gets_no_guess(word):
+def test_a_word_that_resembles_nothing_gets_no_guess(word):
     assert did_you_mean(word, options()) == ""
 
 
 def test_a_misspelt_choice_is_recognised():
-    assert (
-        did_you_mean("selectiv", [kind.name for kind in AttentionType])
-        == "; did you mean selective?"
-    )
+    assert did_you_mean("selectiv", AttentionType.__members__) == "; did you mean selective?"
     assert did_you_mean("anything", []) == ""

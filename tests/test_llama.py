@@ -1,4 +1,4 @@
-"""Models of Llama architecture enter: which ones, with which numbers, and what is refused."""
+"""Importing models of Llama architecture: which ones, their numbers, and what is refused."""
 
 import json
 import re
@@ -21,9 +21,9 @@ from chargpt.train import TrainState, init_state
 
 
 class Foreign:
-    """A Llama file as others write it, to be changed and written.
+    """A Llama file as others write it, without our metadata and with config.json beside it.
 
-    Its tensors are without our metadata, and config.json lies beside it.
+    Tests change its `tensors` and `fields` before they write it.
     """
 
     def __init__(self, folder: Path, *overrides: str):
@@ -60,13 +60,8 @@ class Foreign:
 
     def command(self, *more: str) -> list[str]:
         text = ["dataset.name=file", f"dataset.filepath={self.folder / 'text.txt'}"]
-        return [
-            "import",
-            f"file={self.folder / 'model.safetensors'}",
-            f"run={self.folder / 'new'}",
-            *text,
-            *more,
-        ]
+        files = [f"file={self.folder / 'model.safetensors'}", f"run={self.folder / 'new'}"]
+        return ["import", *files, *text, *more]
 
     def imported(self, *more: str) -> tuple[TrainState, checkpoint.Header]:
         assert run_tool(self.command(*more)) == 0
@@ -82,9 +77,7 @@ class Foreign:
     ],
     ids=["standard", "gqa", "mqa"],
 )
-def test_a_llama_file_becomes_the_model_that_it_is(
-    overrides: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_llama_file_becomes_the_same_model(overrides: tuple[str, ...], tmp_path: Path) -> None:
     foreign = Foreign(tmp_path, *overrides).write()
     state, header = foreign.imported()
     found = weights.to_tensors(state.model)
@@ -101,30 +94,17 @@ def test_a_llama_file_becomes_the_model_that_it_is(
     assert (header.config.dataset.seq_len, header.vocabulary) == (16, "".join(sorted(VOCABULARY)))
 
 
-def test_what_config_json_leaves_out_has_the_value_that_hugging_face_gives_it(
-    tmp_path: Path,
-) -> None:
+def test_a_field_that_config_json_lacks_has_the_default_of_hugging_face(tmp_path: Path) -> None:
     foreign = Foreign(tmp_path)
-    for name in (
-        "architectures",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rope_theta",
-        "rope_scaling",
-        "vocab_size",
-    ):
+    lacking = "architectures num_key_value_heads head_dim hidden_act rope_theta rope_scaling"
+    for name in [*lacking.split(), "vocab_size"]:
         del foreign.fields[name]
-    foreign.fields |= {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 250},
-        "tie_word_embeddings": None,
-    }
+    foreign.fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 250}
+    foreign.fields["tie_word_embeddings"] = None
     _, header = foreign.write().imported("dataset.seq_len=9")
-    assert (
-        header.config.model.rope_theta == 250.0
-        and header.config.model.mha_type is AttentionType.standard
-    )
-    assert header.config.dataset.seq_len == 9
+    model, dataset = header.config.model, header.config.dataset
+    assert model.mha_type is AttentionType.standard and model.rope_theta == 250.0
+    assert dataset.seq_len == 9
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
@@ -199,7 +179,7 @@ def test_sixteen_bit_numbers_become_float32(dtype: Any, tmp_path: Path) -> None:
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-def test_a_configuration_that_is_not_ours_to_run_is_refused_by_name(
+def test_a_configuration_that_is_not_of_our_model_is_refused_by_name(
     changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     foreign = Foreign(tmp_path)
@@ -280,15 +260,14 @@ def test_a_tensor_that_does_not_fit_is_named(
 def test_bad_options_are_refused(
     more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.search(
-        message, refusal(Foreign(tmp_path).write().command(*more), capsys, tmp_path / "new")
-    )
+    command = Foreign(tmp_path).write().command(*more)
+    assert re.search(message, refusal(command, capsys, tmp_path / "new"))
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "\x00\xff", "[" * 100_000, '{"hidden_size": ' + "1" * 5000 + "}"]
 )
-def test_a_file_that_is_no_configuration_is_refused(
+def test_a_file_that_is_not_a_configuration_is_refused(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     foreign = Foreign(tmp_path).write()
@@ -316,7 +295,7 @@ def test_an_imported_model_writes_text(tmp_path: Path, capsys: pytest.CaptureFix
 def test_logits_equal_those_of_hugging_face(
     kv_heads: int, head_dim: int, tied: bool, tmp_path: Path, record_property: Callable
 ) -> None:
-    """What transformers saves we import, logits within 1e-4; what we export it loads exactly."""
+    """An import from transformers has its logits within 1e-4; it loads our export exactly."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -334,12 +313,8 @@ def test_logits_equal_those_of_hugging_face(
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for (
-            name,
-            parameter,
-        ) in (
-            theirs.named_parameters()
-        ):  # large enough that every part of the model shows in the logits
+        # Large enough that every part of the model shows in the logits
+        for name, parameter in theirs.named_parameters():
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.3)
     theirs.save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text(3 * TEXT)
@@ -353,7 +328,7 @@ def test_logits_equal_those_of_hugging_face(
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens[None])).logits[0].numpy()
     found = np.asarray(eqx.filter_jit(ours)(jnp.asarray(tokens)))
-    assert expected.std() > 1  # or closeness proves nothing
+    assert expected.std() > 1  # otherwise closeness proves nothing
     difference = np.abs(found - expected).max()
     record_property("max difference", float(difference))
     assert difference < 1e-4

@@ -1,4 +1,4 @@
-"""Devices that share a batch compute what one of them computes."""
+"""Devices that share a batch compute what one device computes."""
 
 import equinox as eqx
 import jax
@@ -42,7 +42,7 @@ def test_a_step_shared_by_two_equals_the_step_of_one(mha_type):
     check_step(f"model.mha_type={mha_type.name}", "model.num_layers=1")
 
 
-def test_so_does_a_step_of_muon_which_shares_out_layers():
+def test_a_step_of_muon_which_shares_out_layers_equals_the_step_of_one():
     check_step("model.mha_type=selective", "optimizer.name=muon")
 
 
@@ -60,7 +60,7 @@ def check_step(*overrides: str) -> None:
     )
     np.testing.assert_allclose(shared[1].loss, alone[1].loss, rtol=1e-5)
     np.testing.assert_allclose(shared[1].grad_norm, alone[1].grad_norm, rtol=1e-4)
-    # Adam's first update is learning_rate * sign(gradient): rounding decides about a sign near zero
+    # Adam's first update is learning_rate * sign(gradient): near zero, rounding decides it
     tolerance = 2.1 * float(alone[1].learning_rate)
     for one, two in zip(weights_of(alone[0]), weights_of(shared[0]), strict=True):
         np.testing.assert_allclose(two, one, atol=tolerance)
@@ -68,10 +68,9 @@ def check_step(*overrides: str) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_every_device_ends_with_the_whole_state_whatever_its_share_was(parts):
-    config = shared_config(
-        "optimizer.name=muon", f"trainer.grad_accum_steps={parts}", "trainer.batch_size=8"
-    )
+def test_every_device_ends_with_the_complete_state_whatever_its_share_was(parts):
+    batch = ["trainer.batch_size=8", f"trainer.grad_accum_steps={parts}"]
+    config = shared_config("optimizer.name=muon", *batch)
     devices = choose_devices(config.trainer)
     state = devices.replicate(initial(config))
     steps = eqx.filter_jit(lambda state, inputs: train_steps(state, inputs, config, 3, devices))
@@ -91,9 +90,8 @@ def test_an_evaluation_shared_by_two_equals_that_of_one():
     model, windows = initial(config).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
     for batch_size in (eval_batch_size(windows), 3):
         alone = evaluate(model, windows, batch_size, config.trainer.precision)
-        shared = evaluate(
-            devices.replicate(model), windows, batch_size, config.trainer.precision, devices
-        )
+        copies, precision = devices.replicate(model), config.trainer.precision
+        shared = evaluate(copies, windows, batch_size, precision, devices)
         assert shared == pytest.approx(alone, rel=1e-6)
 
 
@@ -105,9 +103,7 @@ def test_by_default_as_many_devices_as_share_the_batch_evenly():
     assert str(devices_of()) == "2 x cpu"
 
 
-def test_more_devices_than_there_are_is_answered_in_one_line():
-    with pytest.raises(
-        ConfigError,
-        match=r"^trainer.num_devices=4: there are 2 \(cpu\); write that or fewer, or null$",
-    ):
+def test_more_devices_than_there_are_are_refused_in_one_line():
+    message = r"^trainer.num_devices=4: there are 2 \(cpu\); write that or fewer, or null$"
+    with pytest.raises(ConfigError, match=message):
         devices_of("trainer.num_devices=4")

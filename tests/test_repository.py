@@ -1,4 +1,4 @@
-"""What holds of the repository as a whole."""
+"""Rules that the repository keeps: imports, names, locks."""
 
 import ast
 import re
@@ -18,12 +18,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def module_of(path: Path) -> str:
-    """A source file as a module of the package: run.cache, attention.__init__."""
+    """The module of a source file, within the package: run.cache, attention.__init__."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def modules_named(name: str) -> set[str]:
-    """The part of an import that is a module of ours: "run.cache" of chargpt.run.cache.reads."""
+    """The part of an import that names our module: "run.cache" of chargpt.run.cache.reads."""
     parts = name.split(".")
     if parts[0] != "chargpt":
         return set()
@@ -31,11 +31,11 @@ def modules_named(name: str) -> set[str]:
         place = PACKAGE.joinpath(*parts[1:end])
         if place.is_dir() or place.with_suffix(".py").is_file():
             return {".".join(parts[1:end])}
-    return {"__init__"}  # the functions for people who write Python
+    return {"__init__"}  # the Python interface
 
 
 def names_in(path: Path) -> set[str]:
-    """Dotted names that a file imports or reaches through attributes, inside functions too."""
+    """Dotted names that a file imports or reaches through attributes, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
@@ -49,12 +49,12 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
-FLOORS = {"run": 1, "study": 2, "cli": 3, "__main__": 4, "__init__": 4}  # of all others: 0
+FLOORS = {"run": 1, "study": 2, "cli": 3, "__main__": 4, "__init__": 4}  # all others: 0
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_go_one_way_from_the_root_up_to_the_command_line(path: Path) -> None:
-    """The science knows nothing of runs, a run nothing of studies, nothing of them the programs."""
+    """The science does not import runs, runs do not import studies, nothing imports the CLI."""
     own = FLOORS.get(module_of(path).partition(".")[0], 0)
     for name in names_in(path):
         for module in modules_named(name):
@@ -67,13 +67,13 @@ COMPOSITION = re.compile(
 )
 
 
-def test_hydras_composition_is_called_in_one_file() -> None:
+def test_only_one_file_calls_hydras_composition() -> None:
     calling = {module_of(path) for path in SOURCES if any(map(COMPOSITION.match, names_in(path)))}
     assert calling == {"compose"}
 
 
 def test_no_file_outside_attention_names_an_attention_type() -> None:
-    """But for the enum itself, and llama.py, which knows what Llama's attention is here."""
+    """Except for the enum itself, and llama.py, which knows what Llama's attention is here."""
     classes = {type(layer_of(kind)).__name__ for kind in AttentionType}
     members = {f"AttentionType.{kind.name}" for kind in AttentionType}
     for path in SOURCES:
@@ -81,9 +81,7 @@ def test_no_file_outside_attention_names_an_attention_type() -> None:
             continue
         for name in names_in(path):
             assert name.rpartition(".")[2] not in classes, f"{module_of(path)}: {name}"
-            assert not any(name.endswith(member) for member in members), (
-                f"{module_of(path)}: {name}"
-            )
+            assert not name.endswith(tuple(members)), f"{module_of(path)}: {name}"
 
 
 def test_every_module_that_handles_arrays_is_shape_checked() -> None:
@@ -102,16 +100,13 @@ def test_nothing_that_was_loaded_is_ever_executed() -> None:
 
 
 def test_wandb_is_imported_in_one_file() -> None:
-    importing = [
-        path.name
-        for path in SOURCES
-        if re.search(r"^\s*(import|from) wandb\b", path.read_text(), re.MULTILINE)
-    ]
-    assert importing == ["tracking.py"]
+    importing = re.compile(r"^\s*(import|from) wandb\b", re.MULTILINE)
+    files = [path.name for path in SOURCES if importing.search(path.read_text())]
+    assert files == ["tracking.py"]
 
 
 def test_the_readme_names_every_module() -> None:
-    """But for a reader's own attention type, which is found by its enum."""
+    """Except for a reader's own attention type, which is found by its enum."""
     named = set(re.findall(r"\w+\.py\b", README))
     types = {type(layer_of(kind)).__module__ for kind in AttentionType}
     own = {f"{module.rpartition('.')[2]}.py" for module in types}
@@ -123,16 +118,12 @@ def test_the_readme_names_every_module() -> None:
 def test_lock_files_hold_hashes_and_no_addresses(lock: str) -> None:
     text = (ROOT / lock).read_text()
     assert not re.search(r"://|^-|@ ", text, re.MULTILINE)
-    requirements = re.findall(
-        r"^[\w.-]+(?:\[[\w,-]+\])?==.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL
-    )
-    assert len(requirements) > 50 and all(
-        "--hash=sha256:" in requirement for requirement in requirements
-    )
+    requirement = re.compile(r"^[\w.-]+(?:\[[\w,-]+\])?==.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+    found = requirement.findall(text)
+    assert len(found) > 50 and all("--hash=sha256:" in lines for lines in found)
 
 
 @pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is not installed")
 def test_flake_parses() -> None:
-    subprocess.run(
-        ["nix-instantiate", "--parse", str(ROOT / "flake.nix")], check=True, capture_output=True
-    )
+    command = ["nix-instantiate", "--parse", str(ROOT / "flake.nix")]
+    subprocess.run(command, check=True, capture_output=True)

@@ -95,9 +95,8 @@ def test_a_huge_file_is_refused_without_being_read(tmp_path, monkeypatch):
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 40)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
-    assert "has 1,099,511,627,776 bytes; texts of up to 1,073,741,824 fit" in refusal(
-        tmp_path / "huge"
-    )
+    message = "has 1,099,511,627,776 bytes; texts may have at most 1,073,741,824"
+    assert refusal(tmp_path / "huge").endswith(message)
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

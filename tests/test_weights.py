@@ -1,4 +1,4 @@
-"""Weights leave and enter bit for bit through our own files, under the names of the field."""
+"""Weights leave and enter bit for bit through our own files, under the usual names."""
 
 import json
 import re
@@ -28,17 +28,14 @@ LLAMA = [*TINY, "model.activation=swiglu"]
 
 
 def random_state(config: Config, step: int = 7) -> TrainState:
-    """A state whose model is random bits, every kind of NaN among them, its counters not zero."""
+    """A state whose model is random bits, including NaNs of every kind, and its step not zero."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        return jnp.array(
-            np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(
-                leaf.shape
-            )
-        )
+        random = np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype)
+        return jnp.array(random.reshape(leaf.shape))
 
     state = jax.tree.map(fill, eqx.filter_eval_shape(init_state, config, len(VOCABULARY), 0))
     return eqx.tree_at(lambda s: s.step, state, jnp.array(step, jnp.int32))
@@ -48,9 +45,8 @@ def make_run(run_dir: Path, config: Config) -> TrainState:
     """A run directory with a best checkpoint; the state in it."""
     state = random_state(config)
     (run_dir / "checkpoints").mkdir(parents=True)
-    header = checkpoint.Header(
-        config, VOCABULARY, "0f" * 32, 7, 1.5, 0.5, 7, {"jax": "0"}, {"metrics.jsonl": 5}
-    )
+    numbers = (7, 1.5, 0.5, 7, {"jax": "0"}, {"metrics.jsonl": 5})
+    header = checkpoint.Header(config, VOCABULARY, "0f" * 32, *numbers)
     checkpoint.save(run_dir / "checkpoints" / "best.eqx", state, header)
     return state
 
@@ -80,17 +76,10 @@ def assert_round_trip(tmp_path: Path, *overrides: str) -> None:
         assert bits(found.model) == bits(state.model)
         assert bits(found.opt_state) == bits(fresh.opt_state) != bits(state.opt_state)
         assert [int(found.step), int(found.skipped), int(found.skipped_in_a_row)] == [0, 0, 0]
-        assert (header.config, header.vocabulary, header.corpus_sha256) == (
-            config,
-            VOCABULARY,
-            "0f" * 32,
-        )
-        assert (header.step, header.seconds, header.best_val_loss, header.record_sizes) == (
-            0,
-            0.0,
-            None,
-            {},
-        )
+        source = (header.config, header.vocabulary, header.corpus_sha256)
+        assert source == (config, VOCABULARY, "0f" * 32)
+        progress = (header.step, header.seconds, header.best_val_loss, header.record_sizes)
+        assert progress == (0, 0.0, None, {})
     assert read_config(again / "config.yaml") == config
 
 
@@ -112,21 +101,22 @@ def test_export_and_import_restore_every_weight_bit_for_bit(
     ],
     ids=" ".join,
 )
-def test_so_do_the_other_options_of_the_model(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_models_with_other_options_are_restored_too(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
     assert_round_trip(tmp_path, *TINY, *overrides)
 
 
 def names_of(file: Path) -> set[str]:
-    """The tensors of a file, those of layer 0 without its number; every layer has the same ones."""
+    """The names of a file's tensors, those of a layer without its number: all have the same."""
     names = set(load_file(file))
-    layers = [
-        {name.split(".", 3)[3] for name in names if name.startswith(f"model.layers.{i}.")}
-        for i in range(2)
-    ]
-    assert layers[0] == layers[1] and sum(map(len, layers)) == len(
-        [name for name in names if ".layers." in name]
+    inside = {name for name in names if ".layers." in name}
+    first, second = (
+        {name.removeprefix(layer) for name in inside if name.startswith(layer)}
+        for layer in ("model.layers.0.", "model.layers.1.")
     )
-    return {name for name in names if ".layers." not in name} | layers[0]
+    assert first == second and len(first) + len(second) == len(inside)
+    return (names - inside) | first
 
 
 OUTSIDE = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -148,18 +138,9 @@ def test_names_beyond_llamas_are_those_of_qwen3_and_deepseek(tmp_path: Path) -> 
     qk_norm = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
     assert names_of(file) == outside | NORMS | QKVO | FEED_FORWARD | qk_norm
     file, _ = export(tmp_path / "2", *TINY, "model.mha_type=mla", "model.mla.q_lora_rank=4")
-    latent = (
-        "q_a_proj",
-        "q_a_layernorm",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_a_layernorm",
-        "kv_b_proj",
-        "o_proj",
-    )
-    assert names_of(file) == OUTSIDE | NORMS | FEED_FORWARD | {
-        f"self_attn.{name}.weight" for name in latent
-    }
+    latent = "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj"
+    attention = {f"self_attn.{name}.weight" for name in latent.split()}
+    assert names_of(file) == OUTSIDE | NORMS | FEED_FORWARD | attention
 
 
 def test_each_layer_is_a_tensor_of_its_own(tmp_path: Path) -> None:
@@ -171,7 +152,7 @@ def test_each_layer_is_a_tensor_of_its_own(tmp_path: Path) -> None:
 
 
 def refusal(command: list[str], capsys: pytest.CaptureFixture[str], run_dir: Path) -> str:
-    """The one line with which a command is refused; it has made nothing."""
+    """The one line with which a command is refused; it has created nothing."""
     capsys.readouterr()
     assert run_tool(command) == BAD_INPUT
     assert not run_dir.exists()
@@ -199,14 +180,11 @@ def test_a_damaged_file_is_refused_wherever_it_is_cut(
 
 
 def forge(file: Path, **changes: str | None) -> None:
-    """Write the file again with other metadata, None for an entry that is left out."""
+    """Write the file again with other metadata; None removes an entry."""
     with safe_open(file, "numpy") as opened:
         metadata = opened.metadata() | changes
-    save_file(
-        load_file(file),
-        file,
-        {name: value for name, value in metadata.items() if value is not None},
-    )
+    given = {name: value for name, value in metadata.items() if value is not None}
+    save_file(load_file(file), file, given)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +226,8 @@ def test_a_configuration_with_other_shapes_than_the_file_is_refused(
         plain = json.loads(opened.metadata()["config"])
     plain["model"][name] = value
     forge(file, config=json.dumps(plain))
-    message = refusal(
-        ["import", f"file={file}", f"run={tmp_path / 'new'}"], capsys, tmp_path / "new"
-    )
+    command = ["import", f"file={file}", f"run={tmp_path / 'new'}"]
+    message = refusal(command, capsys, tmp_path / "new")
     assert re.search("too few for|makes no model|asks for|no place for", message)
 
 
@@ -258,37 +235,28 @@ def test_our_own_files_take_no_configuration_from_outside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, _ = export(tmp_path, *TINY)
-    for option in (
-        "config=config.json",
-        "dataset.name=shakespeare",
-        "dataset.filepath=x",
-        "dataset.seq_len=4",
-    ):
-        message = refusal(
-            ["import", f"file={file}", f"run={tmp_path / 'new'}", option], capsys, tmp_path / "new"
-        )
+    command = ["import", f"file={file}", f"run={tmp_path / 'new'}"]
+    options = ["config=config.json", "dataset.name=shakespeare", "dataset.filepath=x"]
+    for option in [*options, "dataset.seq_len=4"]:
+        message = refusal([*command, option], capsys, tmp_path / "new")
         assert message.startswith(f"{option.split('=')[0]}: ") and "leave" in message
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = export(tmp_path, *TINY)
-    before = file.read_bytes()
-    assert "exists already" in refusal(
-        ["export", f"run={tmp_path / 'run'}", f"file={file}"], capsys, tmp_path / "new"
-    )
+    before, run_dir, new = file.read_bytes(), f"run={tmp_path / 'run'}", tmp_path / "new"
+    assert "exists already" in refusal(["export", run_dir, f"file={file}"], capsys, new)
     assert file.read_bytes() == before
-    assert run_tool(["import", f"file={file}", f"run={tmp_path / 'run'}"]) == BAD_INPUT
-    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
-        "best.eqx",
-        "checkpoints",
-    ]
-    missing = tmp_path / "nowhere" / "x.safetensors"
-    assert "cannot be written" in refusal(
-        ["export", f"run={tmp_path / 'run'}", f"file={missing}"], capsys, tmp_path / "new"
-    )
-    assert "run=" in refusal(
-        ["export", f"run={tmp_path / 'gone'}", f"file={missing}"], capsys, tmp_path / "new"
-    )
-    assert "file: is missing" in refusal(
-        ["export", f"run={tmp_path / 'run'}"], capsys, tmp_path / "new"
-    )
+    assert run_tool(["import", f"file={file}", run_dir]) == BAD_INPUT
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"best.eqx", "checkpoints"}
+
+
+def test_an_export_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(tmp_path, *TINY)
+    run_dir, new = f"run={tmp_path / 'run'}", tmp_path / "new"
+    missing = f"file={tmp_path / 'nowhere' / 'x.safetensors'}"
+    assert "cannot be written" in refusal(["export", run_dir, missing], capsys, new)
+    assert "run=" in refusal(["export", f"run={tmp_path / 'gone'}", missing], capsys, new)
+    assert "file: is missing" in refusal(["export", run_dir], capsys, new)

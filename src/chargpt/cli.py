@@ -34,7 +34,7 @@ def job(settings: DictConfig) -> float:
         if settings.resume is None and in_sweep():
             return sweep.run_job(typed(settings), run_directory(), *sweep.runners())
         config = parse(settings) if settings.resume is None else None
-        from chargpt.run import start  # and JAX: a typo was answered before it is loaded
+        from chargpt.run import start  # imports JAX, so a typo is answered before that
 
         if config is None:
             return start.resume(run_directory(), task_overrides())
@@ -74,7 +74,7 @@ def train(arguments: Sequence[str]) -> int:
         # Not a job's error: jobs record their own
         reason = one_line(f"{type(error).__name__}: {error}")[:MAX_REASON]
         code = fail(RunFailed(f"the launcher of the sweep failed: {reason}"))
-    failed = sweep.report()  # also if there was an error
+    failed = sweep.report()
     return code or failed
 
 
@@ -116,7 +116,7 @@ def run_tool(arguments: list[str]) -> int:
         function(parse_options(options, rest))
     except (ConfigError, RunFailed) as error:
         return fail(error)
-    except BrokenPipeError:  # the reader has had enough, as in `chargpt sample | head`
+    except BrokenPipeError:  # the reader has stopped, as in `chargpt sample | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -148,16 +148,15 @@ def parse_options(schema: type, arguments: list[str]) -> Any:
     values: dict[str, Any] = {PATHS: ()} if takes_paths else {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        # A run's name may contain an equals sign
-        is_path = not equals or "/" in name or os.path.exists(argument) or glob.glob(argument)
         if name in fields:
             require(equals != "", f"{name}: has no value; write {name}=…")
             values[fields[name].name] = parse_value(name, text, fields[name].type)
-        elif takes_paths and is_path:
-            values[PATHS] += (argument,)
-        else:
-            hint = f"{did_you_mean(name, fields)} (write {' '.join(fields)})"
-            raise ConfigError(f"{name}: there is no such option{hint}")
+            continue
+        # A run's name may contain an equals sign
+        is_path = not equals or "/" in name or os.path.exists(argument) or glob.glob(argument)
+        hint = f"{did_you_mean(name, fields)} (write {' '.join(fields)})"
+        require(takes_paths and bool(is_path), f"{name}: there is no such option{hint}")
+        values[PATHS] += (argument,)
     return schema(**values)
 
 
@@ -170,7 +169,7 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
     if issubclass(kind, Enum):
         choices = kind.__members__
         hint = did_you_mean(text, choices)
-        require(text in choices, f"{name}={text}: is none of {', '.join(choices)}{hint}")
+        require(text in choices, f"{name}={text}: is not one of {', '.join(choices)}{hint}")
         return kind[text]
     try:
         return kind(text)

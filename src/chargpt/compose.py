@@ -10,7 +10,6 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -124,24 +124,24 @@ def run_dir(resume: str | None, fresh: str) -> str:
 
 
 def hydra_files(resume: str | None) -> str | None:
-    """Where Hydra writes its files: a resumed run keeps those of its beginning."""
+    """Where Hydra writes its files: a resumed run keeps those of its start."""
     return ".hydra" if resume is None else None
 
 
 def run_name(base: Any) -> str:
     """What sets a run apart: `base`, and settings typed for it (of a sweep, those that differ)."""
     common = {f"model.mha_type={base}"}
-    if in_sweep():  # Hydra's file about the whole sweep
+    if in_sweep():  # Hydra's file about all jobs of the sweep
         multirun = OmegaConf.load(Path(HydraConfig.get().sweep.dir) / "multirun.yaml")
         common |= {setting.lower() for setting in multirun.hydra.overrides.task}
-    telling = [s for s in task_overrides() if s.lower() not in common and tells(s)]
-    return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in telling)])
+    own = [s for s in task_overrides() if s.lower() not in common and belongs_in_name(s)]
+    return " ".join([str(base), *(re.sub(r"^[^=]*\.", "", setting) for setting in own)])
 
 
-def tells(setting: str) -> bool:
-    """Whether a setting belongs in a run's name: options that are not incidental."""
+def belongs_in_name(setting: str) -> bool:
+    """Whether a run's name has this setting: of an option that is not incidental."""
     name = setting.partition("=")[0]
-    return name == "seed" or (name in options() and not options()[name][1].incidental)
+    return name in options() and not options()[name][1].incidental
 
 
 def run_group(name: str) -> str:
@@ -167,9 +167,7 @@ def quoted(text: str) -> str:
     plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./+-]*", text)
     if plain and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text
-    # A backslash stands for itself, except before a quotation mark
-    guarded = re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + end[2].replace("'", "\\'"), text)
-    return f"'{guarded}'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def command(arguments: Sequence[str]) -> str:
@@ -220,8 +218,7 @@ def explain_key(error: OmegaConfBaseException) -> str:
     name = str(error.full_key)
     if name not in options():
         return no_such_option(name)
-    kind = options()[name][0].type
-    choices = list(kind.__members__) if isinstance(kind, type) and issubclass(kind, Enum) else []
+    choices = getattr(options()[name][0].type, "__members__", ())  # of an enum
     text = one_line(str(error.msg).split("\n")[0])
     return f"{name}: {text[0].lower()}{text[1:]}{did_you_mean(str(error.value), choices)}"
 

@@ -26,7 +26,7 @@ REQUIRED = object()  # the option has always existed: a file without it is damag
 
 
 def shipped(folder: str) -> Path:
-    """A folder that lies beside src/ in a checkout, and inside the package in a wheel."""
+    """A folder that is beside src/ in a checkout, and inside the package in a wheel."""
     inside = Path(__file__).parent / folder
     return inside if inside.is_dir() else Path(__file__).parents[2] / folder
 
@@ -60,8 +60,8 @@ class Option:
     """What the program must know about an option in addition to its type and its value."""
 
     neutral: Any = REQUIRED  # what the program did before the option existed
-    least: int | None = None  # the smallest value, if it is set
-    within: tuple[float, float, str] | None = None  # low, high, closed: as for require_between
+    least: int | None = None  # the smallest value allowed
+    within: tuple[float, float, str] | None = None  # (low, high, closed) of require_between
     # An input of the compiled step: runs that differ in it share the executable
     traced: bool = False
     fixed: bool = False  # cannot change on resume: it would be another run
@@ -133,6 +133,7 @@ class Group:
 @dataclasses.dataclass
 class MLAConfig(Group):
     prefix = "model.mla."
+
     q_lora_rank: int | None = fixed(least=1)
     kv_lora_rank: int = fixed(least=1)
     qk_nope_head_dim: int = fixed(least=1)
@@ -143,6 +144,7 @@ class MLAConfig(Group):
 @dataclasses.dataclass
 class ModelConfig(Group):
     prefix = "model."
+
     mha_type: AttentionType = fixed()
     d_model: int = fixed(least=1)
     num_layers: int = fixed(least=1)
@@ -178,6 +180,7 @@ class ModelConfig(Group):
 @dataclasses.dataclass
 class DatasetConfig(Group):
     prefix = "dataset."
+
     name: DatasetName = option()
     filepath: str | None = incidental()  # a text is known by its hash
     seq_len: int = fixed(least=1)
@@ -199,6 +202,7 @@ class DatasetConfig(Group):
 @dataclasses.dataclass
 class OptimizerConfig(Group):
     prefix = "optimizer."
+
     name: OptimizerName = fixed()
     learning_rate: float = traced(within=POSITIVE)
     adam_learning_rate: float | None = traced(None, within=POSITIVE)
@@ -225,6 +229,7 @@ class OptimizerConfig(Group):
 @dataclasses.dataclass
 class TrainerConfig(Group):
     prefix = "trainer."
+
     num_steps: int = traced(least=1)
     batch_size: int = option(least=1)
     grad_accum_steps: int = option(1, least=1)
@@ -286,13 +291,13 @@ class Config:
         return min(MAX_WARMUP, self.trainer.num_steps // 10) if configured is None else configured
 
 
-Table = dict[str, tuple[dataclasses.Field[Any], Option]]
+OptionTable = dict[str, tuple[dataclasses.Field[Any], Option]]
 
 
 @functools.cache
-def options(schema: type = Config, prefix: str = "") -> Table:
+def options(schema: type = Config, prefix: str = "") -> OptionTable:
     """(field, facts) of every option by its dotted name; groups such as `model` are not options."""
-    found: Table = {}
+    found: OptionTable = {}
     for field in dataclasses.fields(schema):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             found |= options(field.type, f"{prefix}{field.name}.")
@@ -313,9 +318,9 @@ def to_yaml(config: Config) -> str:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The configuration that `to_plain` of this version or of an earlier one made, rules checked.
+    """The configuration that `to_plain` of this or an earlier version made; its rules are checked.
 
-    What the file does not know has its neutral value. Anything but plain values is refused.
+    An option that the file lacks has its neutral value. Anything but plain values is refused.
     """
     require("${" not in str(plain), "a saved configuration holds plain values, not ${...}")
     neutral = OmegaConf.create()
@@ -334,7 +339,8 @@ def typed(settings: DictConfig) -> Config:
         raise ConfigError(str(error).split("\n")[0]) from None
     assert isinstance(config, Config)
     for name, value in flatten(dataclasses.asdict(config)).items():
-        require("${" not in str(value), f"{name}={value}: a saved configuration may not hold ${{")
+        rule = "a saved configuration may not contain ${"
+        require("${" not in str(value), f"{name}={value}: {rule}")
     return config
 
 
@@ -361,7 +367,7 @@ def differences(config: Config) -> dict[str, Any]:
 
 
 def spell(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as the command line spells it."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     return value.name if isinstance(value, Enum) else str(value)

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama models: which of them our model is too, and with which configuration."""
+"""Hugging Face's Llama models: which of them our model can be, and with which configuration."""
 
 import json
 import math
@@ -23,15 +23,12 @@ def from_llama(path: Path, dataset: dict[str, Any], seq_len: int | None) -> Conf
     llama = LlamaConfig(path)
     limit = llama.whole("max_position_embeddings", 2048)
     seq_len = limit if seq_len is None else seq_len
-    require(
-        1 <= seq_len <= limit,
-        f"dataset.seq_len={seq_len}: must be in [1, {limit}], the file's max_position_embeddings",
-    )
+    rule = f"must be in [1, {limit}], the file's max_position_embeddings"
+    require(1 <= seq_len <= limit, f"dataset.seq_len={seq_len}: {rule}")
     heads = llama.whole("num_attention_heads")
     kv_heads = llama.whole("num_key_value_heads", heads)
-    kind = AttentionType.gqa
-    if kv_heads in (heads, 1):
-        kind = AttentionType.standard if kv_heads == heads else AttentionType.mqa
+    kinds = {1: AttentionType.mqa, heads: AttentionType.standard}
+    kind = kinds.get(kv_heads, AttentionType.gqa)
     model = {
         "mha_type": kind,
         "d_model": llama.whole("hidden_size"),
@@ -73,21 +70,19 @@ OURS: dict[str, tuple[Any, Any, str]] = {
 class LlamaConfig:
     """Hugging Face's config.json of a Llama model; ConfigError if ours is not that model.
 
-    What the file leaves out has the value that Hugging Face's LlamaConfig gives it.
+    A field that the file lacks has the value that Hugging Face's LlamaConfig gives it.
     """
 
     def __init__(self, path: Path):
         self.name = f"config={path}"
         missing = "there is no such file; write config=PATH of Hugging Face's config.json"
         require(path.is_file(), f"{self.name}: {missing}")
+        small = path.stat().st_size <= MAX_CONFIG_BYTES
+        require(small, f"{self.name}: is too large for a configuration")
         try:
-            small = path.stat().st_size <= MAX_CONFIG_BYTES
-            require(small, f"{self.name}: is too large for a configuration")
             self.fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{self.name}: cannot be read ({error.strerror})") from None
-        except ConfigError:
-            raise
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.name}: is not JSON ({one_line(error)})") from None
         require(isinstance(self.fields, dict), f"{self.name}: is not a JSON object")
@@ -105,7 +100,7 @@ class LlamaConfig:
             self._refuse(name, kind == "default", "our RoPE is neither scaled nor partial")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value, or `default` where it is null or left out."""
+        """The value, or `default` if it is null or missing."""
         value = self.fields.get(name)
         return default if value is None else value
 

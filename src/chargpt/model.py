@@ -1,5 +1,6 @@
 """The decoder-only transformer, whatever its attention type: FeedForward, Block, GPT."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -110,10 +111,11 @@ class Block(eqx.Module):
         self.residual_scale = config.residual_scale
         self.dropout = eqx.nn.Dropout(config.dropout)
 
-    def __call__(self, x: Stream, *, key: DropoutKey = None) -> Stream:
-        """`key` None: no dropout."""
+    def __call__(self, x: Stream, *, key: DropoutKey = None, sequences: int = 1) -> Stream:
+        """x holds `sequences` of equal length, one after another. `key` None: no dropout."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self._add(x, self.attention_norm, self.attention, keys[0])
+        attend = functools.partial(self.attention.batch, sequences=sequences)
+        x = self._add(x, self.attention_norm, attend, keys[0])
         return self._add(x, self.feed_forward_norm, self.feed_forward, keys[1])
 
     def decode(self, x: Stream, cache: PyTree, position: Position) -> tuple[Stream, PyTree]:
@@ -192,19 +194,29 @@ class GPT(eqx.Module):
 
     def __call__(self, tokens: Tokens, *, key: DropoutKey = None) -> Logits:
         """Next-token logits at every position; `key` turns dropout on."""
+        return self.batch(tokens[None], key=key)[0]
+
+    def batch(
+        self, tokens: Int[Array, "b t"], *, key: DropoutKey = None
+    ) -> Float[Array, "b t vocab"]:
+        """`__call__` for every sequence; token-wise layers see all of their tokens at once."""
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
-        x = self._embed(tokens, jnp.arange(tokens.shape[0]))
+        sequences, length = tokens.shape
+        x = take_rows(self.embedding, tokens.reshape(-1))
+        if self.position_embedding is not None:
+            positions = take_rows(self.position_embedding, jnp.arange(length))
+            x = x + jnp.tile(positions, (sequences, 1))
         x = self.dropout(x, key=embed_key, inference=key is None)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.num_layers)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def apply_block(x: Any, layer: Any) -> tuple[Any, None]:
+        def apply_block(x: Stream, layer: Any) -> tuple[Stream, None]:
             arrays, key = layer
-            return eqx.combine(arrays, static)(x, key=key), None
+            return eqx.combine(arrays, static)(x, key=key, sequences=sequences), None
 
         # Weights are stacked for the optimizer; the computation is unrolled.
         x, _ = jax.lax.scan(apply_block, x, (arrays, keys), unroll=self.num_layers)
-        return self._logits(x)
+        return self._logits(x).reshape(sequences, length, -1)
 
     @property
     def stacked(self) -> Block:

@@ -107,9 +107,7 @@ def loss_fn(
     model: GPT, inputs: Batch, targets: Batch, key: PRNGKeyArray | None, dtype: Any
 ) -> Float[Array, ""]:
     """Mean cross-entropy of a batch; `key` turns dropout on."""
-    model = cast(model, dtype)
-    keys = None if key is None else jax.random.split(key, inputs.shape[0])
-    logits = jax.vmap(lambda tokens, key: model(tokens, key=key))(inputs, keys)
+    logits = cast(model, dtype).batch(inputs, key=key)
     return cross_entropy(logits, targets).mean()
 
 

@@ -1,4 +1,4 @@
-"""Weights leave and enter as safetensors files, under the names that the field gives them.
+"""Weights leave and enter as safetensors files, under the names that are usual in the field.
 
 Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA.
 Our leaves are stacked over the layers; the file has one tensor per layer. The rotary halves of MLA
@@ -31,6 +31,7 @@ from chargpt.model import GPT
 from chargpt.train import Stream, TrainState, init_state, random_key
 
 FORMAT = "2"
+Source = tuple[Config, str, str]  # configuration, vocabulary, SHA-256 of the text
 FLOATS = ("F32", "F16", "BF16")  # numpy knows the last one once JAX is imported
 
 NAMES = {
@@ -39,7 +40,8 @@ NAMES = {
     "final_norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
-BLOCK_NAMES = {  # how names within a block begin; the first that fits
+STACKED = "blocks."  # begins the path of every leaf with a leading layer axis
+BLOCK_NAMES = {  # how names within a block begin; the first match counts
     "attention.": "self_attn.",
     "feed_forward.": "mlp.",
     "attention_norm.": "input_layernorm.",
@@ -51,7 +53,7 @@ BLOCK_NAMES = {  # how names within a block begin; the first that fits
 class ExportOptions:
     """The weights of a trained model as a safetensors file, under Hugging Face's names."""
 
-    run: str | None = None  # run directory; the newest one when left out
+    run: str | None = None  # run directory; by default the newest one
     checkpoint: Which = Which.best  # best | last
     file: str = ""  # the file to write
 
@@ -64,7 +66,7 @@ class ImportOptions:
     """A run directory, at step 0, from weights of `chargpt export` or of a Llama model."""
 
     file: str = ""  # the file to read
-    run: str = ""  # the directory to make
+    run: str = ""  # the directory to create
     config: str | None = None  # Hugging Face's configuration; null = config.json beside the file
     # Of a Llama file: the text whose characters, sorted, are its vocabulary
     dataset_name: DatasetName | None = None
@@ -98,41 +100,37 @@ def export_weights(options: ExportOptions) -> None:
         raise ConfigError(f"file={options.file}: exists already; write another name") from None
     except OSError as error:
         raise ConfigError(f"file={options.file}: cannot be written ({error.strerror})") from None
-    where = f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}"
-    note(f"{where}: {len(tensors)} tensors, {len(data):,} bytes")
+    source = f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}"
+    note(f"{source}: {len(tensors)} tensors, {len(data):,} bytes")
 
 
 def to_tensors(model: GPT) -> dict[str, np.ndarray]:
     """Every array of the model by its name in a file, one per layer."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in array_leaves(model).items():
-        parts = np.asarray(leaf) if is_stacked(path) else np.asarray(leaf)[None]
-        arrays = map(np.ascontiguousarray, parts)
-        tensors |= zip(tensor_names(path, model), arrays, strict=True)
+        array = np.ascontiguousarray(leaf)
+        parts = array if path.startswith(STACKED) else array[None]
+        tensors |= zip(tensor_names(path, model), parts, strict=True)
     return tensors
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the leaf at `path` has a leading layer axis."""
-    return path.startswith("blocks.")
 
 
 def array_leaves(model: GPT) -> dict[str, Any]:
     """Every array, or shape of one, by its dotted path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return {dotted(path): leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
+
+
+def dotted(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def tensor_names(path: str, model: GPT) -> list[str]:
     """The names in a file of the leaf at `path`: one per layer if it is stacked."""
-    if not is_stacked(path):
+    if not path.startswith(STACKED):
         return [NAMES[path]]
     exported = model.stacked.attention.exported
     own = {f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in exported.items()}
-    path = path.removeprefix("blocks.")
+    path = path.removeprefix(STACKED)
     ours, theirs = next(pair for pair in (own | BLOCK_NAMES).items() if path.startswith(pair[0]))
     name = theirs + path.removeprefix(ours)
     return [f"model.layers.{layer}.{name}" for layer in range(model.num_layers)]
@@ -142,7 +140,7 @@ def tensor_names(path: str, model: GPT) -> list[str]:
 
 
 def import_weights(options: ImportOptions) -> None:
-    """Make a run directory whose checkpoints hold the weights of the file and a fresh optimizer."""
+    """Create a run directory: checkpoints with the weights of the file and a fresh optimizer."""
     run_dir, name = Path(options.run), f"file={options.file}"
     require(not run_dir.exists(), f"run={run_dir}: exists already; write the name of a new one")
     require(Path(options.file).is_file(), f"{name}: there is no such file")
@@ -150,7 +148,8 @@ def import_weights(options: ImportOptions) -> None:
         with safe_open(options.file, framework="numpy") as file:
             metadata = file.metadata() or {}
             ours = "chargpt_format" in metadata
-            header = own_header(options, metadata) if ours else foreign_header(options, file)
+            source = own_source(options, metadata) if ours else foreign_source(options, file)
+            header = checkpoint.Header(*source, 0, 0.0, None, None, {}, {})  # of a run at step 0
             model = read_model(name, file, header, FLOATS[:1] if ours else FLOATS)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{name}: cannot be read as safetensors ({one_line(error)})") from None
@@ -162,9 +161,9 @@ def import_weights(options: ImportOptions) -> None:
         write_durably(run_dir / "config.yaml", to_yaml(header.config).encode())
     except OSError as error:
         raise ConfigError(f"run={run_dir}: cannot be written ({error.strerror})") from None
-    kind, symbols = header.config.model.mha_type.name, len(header.vocabulary)
     numbers = sum(leaf.size for leaf in array_leaves(model).values())
-    note(f"{run_dir}: {numbers:,} parameters, {kind} attention, {symbols} characters")
+    described = f"{header.config.model.mha_type} attention, {len(header.vocabulary)} characters"
+    note(f"{run_dir}: {numbers:,} parameters, {described}")
 
 
 def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
@@ -178,54 +177,43 @@ def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
     return eqx.filter_jit(put)(model)
 
 
-def own_header(options: ImportOptions, metadata: dict[str, str]) -> checkpoint.Header:
+def own_source(options: ImportOptions, metadata: dict[str, str]) -> Source:
     """What a file of `chargpt export` says about itself, checked as a checkpoint's header is."""
     name = f"file={options.file}"
     for option in ("config", "dataset_name", "dataset_filepath", "dataset_seq_len"):
         spelled, given = option.replace("_", ".", 1), getattr(options, option)
-        reason = f"{name} has its own configuration and vocabulary; leave {spelled} out"
-        require(given is None, f"{spelled}: {reason}")
+        own = f"{name} has its own configuration and vocabulary; leave {spelled} out"
+        require(given is None, f"{spelled}: {own}")
     version = metadata["chargpt_format"]
     known = f"this version of chargpt reads {FORMAT!r}"
     require(version == FORMAT, f"{name}: is of format {version!r}; {known}")
     try:
         vocabulary = json.loads(metadata["vocabulary"])
-        if not isinstance(vocabulary, str) or sorted(set(vocabulary)) != list(vocabulary):
-            raise ValueError("its vocabulary is not a sorted string of different characters")
-        config = from_plain(json.loads(metadata["config"]))
-        return fresh_header(config, vocabulary, str(metadata["corpus_sha256"]))
+        ordered = isinstance(vocabulary, str) and sorted(set(vocabulary)) == list(vocabulary)
+        require(ordered, "its vocabulary is not a sorted string of different characters")
+        return from_plain(json.loads(metadata["config"])), vocabulary, metadata["corpus_sha256"]
     except Exception as error:
         reason = f"{one_line(error)} is missing" if isinstance(error, KeyError) else one_line(error)
         message = f"{name}: its metadata does not fit this version of chargpt ({reason})"
         raise ConfigError(message) from None
 
 
-def fresh_header(config: Config, vocabulary: str, corpus_sha256: str) -> checkpoint.Header:
-    """The header of a run at step 0."""
-    return checkpoint.Header(config, vocabulary, corpus_sha256, 0, 0.0, None, None, {}, {})
-
-
-def foreign_header(options: ImportOptions, file: Any) -> checkpoint.Header:
-    """The header for a file of Llama architecture, its vocabulary from a text."""
-    beside = Path(options.file).with_name("config.json")
-    require(
-        options.dataset_name is not None,
-        "dataset.name: write the text whose characters are the vocabulary of the file",
-    )
+def foreign_source(options: ImportOptions, file: Any) -> Source:
+    """What config.json says about a file of Llama architecture, and the vocabulary of a text."""
+    no_text = "dataset.name: write the text whose characters are the vocabulary of the file"
+    require(options.dataset_name is not None, no_text)
     dataset = {"name": options.dataset_name, "filepath": options.dataset_filepath}
-    path = beside if options.config is None else Path(options.config)
+    path = Path(options.config or Path(options.file).with_name("config.json"))
     config = from_llama(path, dataset, options.dataset_seq_len)
     corpus = load_corpus(config.dataset)
     table, name = NAMES["embedding"], f"file={options.file}"
     present = table in file.keys()  # noqa: SIM118 - not a mapping
     require(present, f"{name}: has no tensor {table}, which its configuration asks for")
     shape, characters = file.get_slice(table).get_shape(), len(corpus.tokenizer)
-    require(
-        shape[:1] == [characters],
-        f"dataset {corpus.name}: has {characters} different characters, but {table} has shape "
-        f"{shape}; write the dataset.name that the model was trained on",
-    )
-    return fresh_header(config, corpus.tokenizer.vocabulary, corpus.sha256)
+    other = f"has {characters} different characters, but {table} has shape {shape}"
+    advice = "write the dataset.name that the model was trained on"
+    require(shape[:1] == [characters], f"dataset {corpus.name}: {other}; {advice}")
+    return config, corpus.tokenizer.vocabulary, corpus.sha256
 
 
 def read_model(name: str, file: Any, header: checkpoint.Header, dtypes: Sequence[str]) -> GPT:
@@ -240,29 +228,28 @@ def read_model(name: str, file: Any, header: checkpoint.Header, dtypes: Sequence
     except Exception as error:
         message = f"{name}: its configuration makes no model ({one_line(error)})"
         raise ConfigError(message) from None
-    names = {path: tensor_names(path, skeleton) for path in array_leaves(skeleton)}
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf in array_leaves(skeleton).items():
-        expected |= dict.fromkeys(names[path], leaf.shape[is_stacked(path) :])
-    for tensor in expected:
-        require(
-            tensor in found, f"{name}: has no tensor {tensor}, which its configuration asks for"
-        )
-    for tensor in found:
-        extra = f"has a tensor {tensor!r}, which its configuration has no place for"
-        require(tensor in expected, f"{name}: {extra}")
-    for tensor, shape in expected.items():
+    leaves = array_leaves(skeleton)
+    names = {path: tensor_names(path, skeleton) for path in leaves}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in leaves.items():
+        shapes |= dict.fromkeys(names[path], leaf.shape[path.startswith(STACKED) :])
+    for tensor, shape in shapes.items():
+        missing = f"has no tensor {tensor}, which its configuration asks for"
+        require(tensor in found, f"{name}: {missing}")
         has, dtype = tuple(found[tensor].get_shape()), found[tensor].get_dtype()
-        asked = f"has shape {list(has)}, its configuration asks for {list(shape)}"
-        require(has == shape, f"{name}: {tensor} {asked}")
+        other = f"has shape {list(has)}, its configuration asks for {list(shape)}"
+        require(has == shape, f"{name}: {tensor} {other}")
         readable = f"holds {dtype} numbers; {', '.join(dtypes)} can be read"
         require(dtype in dtypes, f"{name}: {tensor} {readable}")
+    for tensor in found:
+        extra = f"has a tensor {tensor!r}, which its configuration has no place for"
+        require(tensor in shapes, f"{name}: {extra}")
 
     def fill(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
+        if dotted(path) not in names:
             return leaf
-        tensors = names[jax.tree_util.keystr(path, simple=True, separator=".")]
-        parts = [np.asarray(file.get_tensor(tensor), np.float32) for tensor in tensors]
+        tensors = map(file.get_tensor, names[dotted(path)])
+        parts = [np.asarray(tensor, np.float32) for tensor in tensors]
         return jnp.array(np.stack(parts).reshape(leaf.shape))
 
     return jax.tree_util.tree_map_with_path(fill, skeleton)

@@ -133,7 +133,10 @@ def test_offline_the_specification_is_a_file(
     [
         (["mode=disabled"], "mode=disabled: makes no dashboard; write mode=offline or mode=online"),
         (["mode=online"], "entity: is needed online; write entity=ACCOUNT-OR-TEAM"),
-        (["mode=onlin"], "mode=onlin: is none of offline, online, disabled; did you mean online?"),
+        (
+            ["mode=onlin"],
+            "mode=onlin: is not one of offline, online, disabled; did you mean online?",
+        ),
         (
             ["entty=me"],
             "entty: there is no such option; did you mean entity? (write entity project mode out)",

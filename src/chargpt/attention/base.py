@@ -1,4 +1,4 @@
-"""What all attention types share: the glossary of axes, the interface, and the attention kernel.
+"""What all attention types share: the glossary of axes and the interface.
 
 Axes, in every einsum and every annotation of this package:
 
@@ -11,20 +11,19 @@ Axes, in every einsum and every annotation of this package:
 import abc
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+
+from chargpt.attention.kernel import Mask
 
 Stream = Float[Array, "t m"]  # tokens as vectors of the residual stream
 Positions = Int[Array, " t"]
 Position = Int[Array, ""] | int
 Weights = Float[Array, "n t s"]
-# Which keys each query reads: a boolean array, True = attend; or the fact "causal", which needs
-# no array and which fused kernels turn into skipped work.
-Mask = Bool[Array, "t s"] | Literal["causal"]
 Split = Callable[[Float[Array, "out in"]], tuple[Float[Array, "..."], ...]]
 
 
@@ -50,10 +49,10 @@ class AbstractAttention(eqx.Module):
 
     @abc.abstractmethod
     def project(self, x: Stream, positions: Positions) -> tuple[PyTree, PyTree]:
-        """(queries, entries) of tokens `x` at absolute `positions`.
+        """(queries, entries) of tokens `x` at absolute `positions`, each token by itself.
 
-        `entries` are all that a later token may see of these, hence the KV cache; axis 0 of every
-        leaf is position.
+        `entries` are all that a later token may see of these, hence the KV cache. Axis 0 of every
+        leaf, of queries and of entries, is the token.
         """
 
     @abc.abstractmethod
@@ -82,6 +81,20 @@ class AbstractAttention(eqx.Module):
         """The forward pass over a whole sequence, as in training and scoring."""
         queries, entries = self.project(x, jnp.arange(x.shape[0]))
         return self.attend(queries, entries, "causal")
+
+    @final
+    def batch(self, x: Float[Array, "bt {self.d_model}"], sequences: int) -> Float[Array, "bt m"]:
+        """`__call__` for each of `sequences` sequences of equal length, one after another in x.
+
+        All tokens are projected in one product: under `vmap`, XLA's CPU products and their
+        gradients take up to twice as long (docs/results.md).
+        """
+        length = x.shape[0] // sequences
+        projected = self.project(x, jnp.tile(jnp.arange(length), sequences))
+        shape = (sequences, length)
+        split = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), projected)
+        attend = functools.partial(self.attend, mask="causal")
+        return jax.vmap(attend)(*split).reshape(x.shape)
 
     @final
     def init_cache(self, max_seq_len: int) -> PyTree[Shaped[Array, "max_seq_len ..."]]:
@@ -130,76 +143,3 @@ def project_heads(
 def merge_heads(heads: Float[Array, "t n width"], weight: Float[Array, "m in"]) -> Stream:
     """W [head 1; head 2; …]: the output projection of concatenated heads."""
     return jnp.einsum("ti,mi->tm", heads.reshape(heads.shape[0], -1), weight)
-
-
-def fused_kernel(dtype: Any, width: int) -> bool:
-    """Whether cuDNN's fused attention applies: a GPU, 16-bit numbers, a width that it takes."""
-    narrow = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
-    return narrow and jax.default_backend() == "gpu"
-
-
-Queries = Float[Array, "t n d"]
-Keys = Float[Array, "s k d"]
-Values = Float[Array, "s k v"]
-Shared = tuple[Float[Array, "t n e"], Float[Array, "s e"]] | None
-
-
-def softmax(scores: Float[Array, "*n t s"], mask: Bool[Array, "t s"], dtype: Any) -> Array:
-    """Over the keys that `mask` lets a query read, in float32."""
-    masked = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    return jax.nn.softmax(masked, axis=-1).astype(dtype)
-
-
-def join_shared(queries: Queries, keys: Keys, shared: Shared) -> tuple[Array, Array]:
-    """Queries and keys with their shared part appended, its one key repeated for every head."""
-    if shared is None:
-        return queries, keys
-    everywhere = jnp.broadcast_to(shared[1][:, None], (*keys.shape[:2], shared[1].shape[-1]))
-    queries = jnp.concatenate([queries, shared[0]], axis=-1)
-    return queries, jnp.concatenate([keys, everywhere], axis=-1)
-
-
-def causal_weights(queries: Queries, keys: Keys, scale: float, shared: Shared = None) -> Weights:
-    """What causal `dot_product_attention` weights the values with."""
-    queries, keys = join_shared(queries, keys, shared)
-    keys = jnp.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)
-    scores = jnp.einsum("tnd,snd->nts", queries * scale, keys)
-    return softmax(scores, jnp.tri(len(queries), len(keys), dtype=bool), queries.dtype)
-
-
-def dot_product_attention(
-    queries: Queries, keys: Keys, values: Values, mask: Mask, scale: float, shared: Shared = None
-) -> Float[Array, "t n v"]:
-    """softmax(scale * q·k) v, query head i reading key/value head floor(i / g); softmax in float32.
-
-    `shared` is a further part of the queries, and of the keys one that all heads share: its
-    products are added to the scores, as if the two parts were concatenated. The fact "causal"
-    reaches the fused kernel if there is one. Otherwise XLA gets the formula itself, which on a CPU
-    is faster than `jax.nn.dot_product_attention` (docs/results.md) and takes values of any width.
-    """
-    if isinstance(mask, str):
-        # Over many queries one long product beats a sum of two; over one, it would copy the cache.
-        queries, keys = join_shared(queries, keys, shared)
-        shared, width = None, values.shape[-1]
-        if width <= keys.shape[-1] and fused_kernel(queries.dtype, keys.shape[-1]):
-            # The kernel wants one width: zeros added to the values come out as zeros.
-            values = jnp.pad(values, ((0, 0), (0, 0), (0, keys.shape[-1] - width)))
-            fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-            return fused(queries, keys, values, scale=scale, is_causal=True)[..., :width]
-        mask = jnp.arange(keys.shape[0])[None, :] <= jnp.arange(queries.shape[0])[:, None]
-        # Scores outweigh keys here: a copy of the few keys for every query head beats an axis of
-        # groups in the many scores.
-        group = queries.shape[1] // keys.shape[1]
-        keys, values = jnp.repeat(keys, group, axis=1), jnp.repeat(values, group, axis=1)
-    bias = jnp.einsum("tne,se->nts", shared[0] * scale, shared[1]) if shared else None
-    queries = queries * scale
-    if keys.shape[1] == queries.shape[1]:
-        scores = jnp.einsum("tnd,snd->nts", queries, keys)
-        weights = softmax(scores if bias is None else scores + bias, mask, values.dtype)
-        return jnp.einsum("nts,snv->tnv", weights, values)
-    # Keys and values stay as few as they are: a decoded token reads the cache once.
-    grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
-    scores = jnp.einsum("tkgd,skd->kgts", grouped, keys)
-    scores = scores if bias is None else scores + bias.reshape(scores.shape)
-    out = jnp.einsum("kgts,skv->tkgv", softmax(scores, mask, values.dtype), values)
-    return out.reshape(*queries.shape[:2], values.shape[-1])

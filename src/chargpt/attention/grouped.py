@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention import base
-from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention import base, kernel
+from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
+from chargpt.attention.kernel import Mask
 from chargpt.attention.rope import apply_rope, require_even
 from chargpt.config import require_divides
 
@@ -74,12 +75,12 @@ class GroupedQueryAttention(AbstractAttention):
         return queries, (apply_rope(keys, positions, self.rope_theta), values)
 
     def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
-        out = base.dot_product_attention(queries, *entries, mask, scale=self.head_dim**-0.5)
+        out = kernel.dot_product_attention(queries, *entries, mask, scale=self.head_dim**-0.5)
         return base.merge_heads(out, self.o_proj.weight)
 
     def attention_weights(self, x: Stream) -> base.Weights:
         queries, (keys, _) = self.project(x, jnp.arange(x.shape[0]))
-        return base.causal_weights(queries, keys, scale=self.head_dim**-0.5)
+        return kernel.causal_weights(queries, keys, scale=self.head_dim**-0.5)
 
     @property
     def widths(self) -> tuple[int, int]:

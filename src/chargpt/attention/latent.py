@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention import base
-from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention import base, kernel
+from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
+from chargpt.attention.kernel import Mask
 from chargpt.attention.rope import apply_rope, require_even
 
 Queries = tuple[Float[Array, "t n dn"], Float[Array, "t n dr"]]
@@ -123,7 +124,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         """Attention over keys and values expanded from the latents."""
         (q_nope, q_rope), (latents, k_rope) = queries, entries
         heads, shared = (q_nope, *self.expand(latents)), (q_rope, k_rope)
-        return base.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
+        return kernel.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
 
     def read_absorbed(self, queries: Queries, entries: Entries, mask: Mask) -> Heads:
         """The same without expansion: multi-query attention with the latents as keys and values."""
@@ -131,7 +132,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         key_half, value_half = self.kv_b_halves(self.kv_b_proj.weight)
         q_latent, keys = jnp.einsum("tnd,ndr->tnr", q_nope, key_half), latents[:, None, :]
         heads, shared = (q_latent, keys, keys), (q_rope, k_rope)
-        out = base.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
+        out = kernel.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
         return jnp.einsum("tnr,nvr->tnv", out, value_half)
 
     def kv_b_halves(
@@ -145,7 +146,7 @@ class MultiHeadLatentAttention(AbstractAttention):
     def attention_weights(self, x: Stream) -> base.Weights:
         (q_nope, q_rope), (latents, k_rope) = self.project(x, jnp.arange(x.shape[0]))
         k_nope, _ = self.expand(latents)
-        return base.causal_weights(q_nope, k_nope, scale=self.scale, shared=(q_rope, k_rope))
+        return kernel.causal_weights(q_nope, k_nope, scale=self.scale, shared=(q_rope, k_rope))
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -6,8 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention import base
-from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention import base, kernel
+from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
+from chargpt.attention.kernel import Mask
 from chargpt.attention.rope import apply_rope, require_even
 from chargpt.config import require_divides
 
@@ -68,7 +69,7 @@ class EquinoxAttention(AbstractAttention):
         keys = base.project_heads(x, self.mha.key_proj.weight, heads)
         queries = apply_rope(queries, positions, self.rope_theta)
         keys = apply_rope(keys, positions, self.rope_theta)
-        return base.causal_weights(queries, keys, scale=queries.shape[-1] ** -0.5)
+        return kernel.causal_weights(queries, keys, scale=queries.shape[-1] ** -0.5)
 
     @property
     def widths(self) -> tuple[int, int]:

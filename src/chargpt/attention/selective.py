@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from chargpt.attention import base
-from chargpt.attention.base import AbstractAttention, Mask, Positions, Split, Stream
+from chargpt.attention import base, kernel
+from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
+from chargpt.attention.kernel import Mask
 from chargpt.attention.rope import apply_rope, require_even, rope_angles
 from chargpt.config import require_divides
 
@@ -90,14 +91,14 @@ class SelectiveAttention(AbstractAttention):
     def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
         q, bias_queries, skip = queries
         shared = self._shared(bias_queries, entries[0])
-        out = base.dot_product_attention(
+        out = kernel.dot_product_attention(
             q, *entries, mask, scale=self.head_dim**-0.5, shared=shared
         )
         return base.merge_heads(skip + out, self.o_proj.weight)
 
     def _shared(
         self, bias_queries: Float[Array, "t n h"] | None, keys: Float[Array, "s n h"]
-    ) -> base.Shared:
+    ) -> kernel.Shared:
         """The queries and keys of the relative-position bias; the keys are cos and sin."""
         if bias_queries is None or self.rope_theta is None:
             return None
@@ -108,7 +109,7 @@ class SelectiveAttention(AbstractAttention):
     def attention_weights(self, x: Stream) -> base.Weights:
         (q, bias_queries, _), (keys, _) = self.project(x, jnp.arange(x.shape[0]))
         shared = self._shared(bias_queries, keys)
-        return base.causal_weights(q, keys, scale=self.head_dim**-0.5, shared=shared)
+        return kernel.causal_weights(q, keys, scale=self.head_dim**-0.5, shared=shared)
 
     def remark(self) -> str | None:
         if self.rope_theta is not None:

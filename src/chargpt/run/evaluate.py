@@ -28,7 +28,7 @@ MAX_LISTED = 20  # characters that a message names
 def score(model: GPT, batch: Any, dtype: Any) -> tuple[Array, Array]:
     """Summed nats and number of correct predictions, [windows], of (inputs, targets, weights)."""
     inputs, targets, weights = batch
-    logits = jax.vmap(cast(model, dtype))(inputs)
+    logits = cast(model, dtype).batch(inputs)
     losses = cross_entropy(logits, targets) * weights
     correct = (jnp.argmax(logits, axis=-1) == targets) * weights
     return losses.sum(axis=-1), correct.sum(axis=-1)
