@@ -25,7 +25,7 @@ class TrainState(eqx.Module):
     """All that a run carries from step to step; the checkpoint holds exactly this."""
 
     model: GPT
-    ema: GPT | None  # the average of the weights, where the configuration asks for one
+    ema: GPT | None  # the average of the weights, if the configuration asks for one
     opt_state: PyTree
     step: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
@@ -33,7 +33,7 @@ class TrainState(eqx.Module):
 
     @property
     def averaged(self) -> GPT:
-        """The model to evaluate, sample from and export: the average where there is one."""
+        """The model to evaluate, sample from and export: the average, if there is one."""
         return self.model if self.ema is None else self.ema
 
 

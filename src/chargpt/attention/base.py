@@ -44,7 +44,7 @@ class AbstractAttention(eqx.Module):
     refuses: ClassVar[Mapping[str, str]] = {}
     # Paths of the projections whose output is added to the residual stream.
     residual: ClassVar[tuple[str, ...]] = ("o_proj",)
-    # How paths begin in exported weights, where the field has a name of its own.
+    # How paths begin in exported weights, if the field has names of its own for them.
     exported: ClassVar[Mapping[str, str]] = {}
 
     @abc.abstractmethod
