@@ -102,7 +102,9 @@ def blocked(queries: Heads, keys: Heads, values: Heads, size: int) -> Heads:
     """Causal attention of `size` queries at a time, which read the keys up to their own end.
 
     The other half of the scores is never computed. The backward pass computes a block's scores
-    again (FlashAttention, arXiv 2205.14135): memory is O(t · size), not O(t²).
+    again (FlashAttention, arXiv 2205.14135): memory is O(t · size), not O(t²). For that, blocks must
+    follow one another, while XLA would compute all of them at once: `after`, a zero, makes each
+    depend on the one before it.
     """
     return blocked_forward(queries, keys, values, size)[0]
 
@@ -123,14 +125,16 @@ def blocked_forward(
 ) -> tuple[Heads, tuple[Heads, ...]]:
     """The output, and what the backward pass needs: log-sum-exp of every query's scores."""
     outs, norms = [], []
+    after = jnp.zeros((), queries.dtype)
     for start, end in blocks(queries.shape[1], size):
-        scores = block_scores(queries[:, start:end], keys[:, :end], start)
+        scores = block_scores(queries[:, start:end] + after, keys[:, :end], start)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
         out = jnp.einsum("nts,nsv->ntv", weights.astype(values.dtype), values[:, :end])
         outs.append((out / total).astype(values.dtype))
         norms.append(highest + jnp.log(total))
+        after = 0 * outs[-1][0, 0, 0]
     out, norm = jnp.concatenate(outs, axis=1), jnp.concatenate(norms, axis=1)
     return out, (queries, keys, values, out, norm)
 
@@ -141,15 +145,17 @@ def blocked_backward(size: int, kept: tuple[Heads, ...], grad: Heads) -> tuple[H
     grad = jax.lax.optimization_barrier(grad)
     overlap = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
     d_queries, d_keys, d_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
+    after = jnp.zeros((), queries.dtype)
     for start, end in blocks(queries.shape[1], size):
         rows = slice(start, end)
-        q, k, v, g = queries[:, rows], keys[:, :end], values[:, :end], grad[:, rows]
+        q, k, v, g = queries[:, rows] + after, keys[:, :end], values[:, :end], grad[:, rows] + after
         weights = jnp.exp(block_scores(q, k, start) - norm[:, rows])
         d_weights = jnp.einsum("ntv,nsv->nts", g, v)
         d_scores = (weights * (d_weights - overlap[:, rows])).astype(q.dtype)
         d_values = d_values.at[:, :end].add(jnp.einsum("nts,ntv->nsv", weights.astype(g.dtype), g))
         d_keys = d_keys.at[:, :end].add(jnp.einsum("nts,ntd->nsd", d_scores, q))
         d_queries.append(jnp.einsum("nts,nsd->ntd", d_scores, k))
+        after = 0 * (d_queries[-1][0, 0, 0] + d_keys[0, 0, 0] + d_values[0, 0, 0])
     return jnp.concatenate(d_queries, axis=1), d_keys, d_values
 
 
