@@ -102,9 +102,9 @@ def blocked(queries: Heads, keys: Heads, values: Heads, size: int) -> Heads:
     """Causal attention of `size` queries at a time, which read the keys up to their own end.
 
     The other half of the scores is never computed. The backward pass computes a block's scores
-    again (FlashAttention, arXiv 2205.14135): memory is O(t · size), not O(t²). For that, blocks must
-    follow one another, while XLA would compute all of them at once: `after`, a zero, makes each
-    depend on the one before it.
+    again (FlashAttention, arXiv 2205.14135): memory is O(t · size), not O(t²). For that, blocks
+    must follow one another, while XLA would compute all of them at once: `after`, a zero, makes
+    each depend on the one before it.
     """
     return blocked_forward(queries, keys, values, size)[0]
 
