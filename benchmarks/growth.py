@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> None:
         if name != "figure" or not figure_path:
             sys.exit(f"error: {argument}: write figure=PATH.png")
     names = [*(kind.name for kind in AttentionType), "literal"]
-    figure = Figure(figsize=(10, 7.5))
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     print(f"{machine()}; ms / MB")
     styles = list(zip(itertools.cycle(LIGHT), itertools.cycle(MARKERS), names, strict=False))
@@ -129,13 +129,14 @@ def main(arguments: list[str]) -> None:
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter("{x:,g}")
     axes[0, 0].set_ylabel("time, ms")
     axes[1, 0].set_ylabel("memory, MB")
-    axes[0, 0].legend(frameon=False)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(
         f"One attention layer, forward and backward, float32, {jax.devices()[0].device_kind}"
     )
-    figure.tight_layout()
     Path(figure_path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(figure_path, dpi=110)
 
