@@ -27,7 +27,7 @@ from chargpt.config import Activation, AttentionType, Norm
 from chargpt.model import FeedForward, init_weights, make_norm, take_rows
 from chargpt.optimizer import hyperparameters, make_optimizer
 from chargpt.parallel import Devices, choose_devices, offer_cpu_devices
-from chargpt.train import cross_entropy, keep_unless
+from chargpt.train import cross_entropy, init_state, keep_unless
 
 REPEATS = 10  # of a part in one call
 RATE = 1e-9  # of the descent: it changes the values, but not what they cost
@@ -73,8 +73,7 @@ def theirs(apply: Callable[..., Any], *parameters: Any) -> Callable[[], None]:
     return run
 
 
-def our_optimizer(config: Any, model: Any, devices: Devices) -> Callable[[], None]:
-    params, _ = eqx.partition(devices.replicate(model), eqx.is_inexact_array)
+def our_optimizer(config: Any, params: Any) -> Callable[[], None]:
     optimizer = make_optimizer(config.optimizer, hyperparameters(config))
 
     def body(carry: Any, _: None) -> tuple[Any, None]:
@@ -103,7 +102,7 @@ def their_optimizer(shapes: list[tuple[int, ...]]) -> Callable[[], None]:
     return run
 
 
-def parts(sizes: dict[str, int], config: Any, arm: Arm) -> dict[str, tuple[int, Callable, Any]]:
+def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, Any]]:
     """{name: (times in a step, ours, PyTorch's or None)}."""
     try:
         import torch
@@ -123,8 +122,9 @@ def parts(sizes: dict[str, int], config: Any, arm: Arm) -> dict[str, tuple[int, 
         FeedForward(width, 4 * width, Activation.gelu, key=keys[5]), {}, key=keys[6]
     )
     table = jax.random.normal(keys[7], (VOCABULARY, width))
-    model = arm.model
-    shapes = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))]
+    model = init_state(config, VOCABULARY, config.seed).model
+    params = devices.replicate(eqx.filter(model, eqx.is_inexact_array))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
 
     def attention(_: None, qkv: Any) -> Any:
         scale = (width // heads) ** -0.5
@@ -147,7 +147,7 @@ def parts(sizes: dict[str, int], config: Any, arm: Arm) -> dict[str, tuple[int, 
             ours(lambda n, x: jax.vmap(n)(x), make_norm(Norm.rmsnorm, width), rows, devices),
         ),
         "embedding, head, loss": (1, ours(ends, (table, table + 1), tokens, devices)),
-        "optimizer": (1, our_optimizer(config, model, devices)),
+        "optimizer": (1, our_optimizer(config, params)),
     }
     if torch is None:
         return {name: (*part, None) for name, part in table_of.items()}
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
     config = make_config(sizes, AttentionType.standard)
     text = np.random.default_rng(1).integers(0, VOCABULARY, 200_000).astype(np.int32)
     arm = Arm(config, jnp.asarray(text))
-    table = parts(sizes, config, arm)
+    table = parts(sizes, config)
     arms = {(name, side): part[1 + side] for name, part in table.items() for side in (0, 1)}
     arms = {key: run for key, run in arms.items() if run is not None} | {("step", 0): arm}
     best = dict.fromkeys(arms, float("inf"))

@@ -53,7 +53,6 @@ class Arm:
         inputs, state = devices.replicate(
             (make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed))
         )
-        self.model = jax.tree.map(lambda x: x + 0 if eqx.is_array(x) else x, state.model)
         self.flops_per_token = flops_per_token(state.model, config.dataset.seq_len)
         steps = eqx.filter_jit(
             lambda inputs, s: train_steps(s, inputs, config, STEPS_PER_CALL, devices),

@@ -323,12 +323,18 @@ def from_plain(plain: dict[str, Any]) -> Config:
     An option that the file lacks has its neutral value. Anything but plain values is refused.
     """
     require("${" not in str(plain), "a saved configuration holds plain values, not ${...}")
+    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), neutral_settings(), plain)
+    return typed(merged)
+
+
+@functools.cache
+def neutral_settings() -> DictConfig:
+    """The neutral value of every option that has one."""
     neutral = OmegaConf.create()
     for name, (_, facts) in options().items():
         if facts.neutral is not REQUIRED:
             OmegaConf.update(neutral, name, facts.neutral)
-    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), neutral, plain)
-    return typed(merged)
+    return neutral
 
 
 def typed(settings: DictConfig) -> Config:
