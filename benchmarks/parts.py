@@ -73,7 +73,7 @@ def theirs(apply: Callable[..., Any], *parameters: Any) -> Callable[[], None]:
     return run
 
 
-def our_optimizer(config: Any, params: Any) -> Callable[[], None]:
+def our_optimizer(config: Any, params: Any, devices: Devices) -> Callable[[], None]:
     optimizer = make_optimizer(config.optimizer, hyperparameters(config))
 
     def body(carry: Any, _: None) -> tuple[Any, None]:
@@ -83,7 +83,9 @@ def our_optimizer(config: Any, params: Any) -> Callable[[], None]:
         new = eqx.apply_updates(params, updates), new_state
         return (*keep_unless(jnp.isfinite(norm), new, (params, state)), grads), None
 
-    return repeated(body, (params, optimizer.init(params), jax.tree.map(jnp.ones_like, params)))
+    grads = jax.tree.map(jnp.ones_like, params)
+    # Placed as the step returns them: other places would compile it a second time
+    return repeated(body, devices.replicate((params, optimizer.init(params), grads)))
 
 
 def their_optimizer(shapes: list[tuple[int, ...]]) -> Callable[[], None]:
@@ -123,7 +125,7 @@ def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, 
     )
     table = jax.random.normal(keys[7], (VOCABULARY, width))
     model = init_state(config, VOCABULARY, config.seed).model
-    params = devices.replicate(eqx.filter(model, eqx.is_inexact_array))
+    params = eqx.filter(model, eqx.is_inexact_array)
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
 
     def attention(_: None, qkv: Any) -> Any:
@@ -147,7 +149,7 @@ def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, 
             ours(lambda n, x: jax.vmap(n)(x), make_norm(Norm.rmsnorm, width), rows, devices),
         ),
         "embedding, head, loss": (1, ours(ends, (table, table + 1), tokens, devices)),
-        "optimizer": (1, our_optimizer(config, params)),
+        "optimizer": (1, our_optimizer(config, params, devices)),
     }
     if torch is None:
         return {name: (*part, None) for name, part in table_of.items()}
