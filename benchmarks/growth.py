@@ -6,12 +6,15 @@
 Context from 256 to 8192 tokens at 64 wide, then width from 64 to 1024 at 256 tokens; two heads, one
 sequence, float32, every attention type. `literal` is selective attention as its definition reads, a
 [t, s, m] tensor of keys and one of values per layer; it is left out where that would take more than
-MEMORY_LIMIT bytes. Memory is what XLA allots: arguments, results and temporaries.
+MEMORY_LIMIT bytes. Memory is what XLA allots: arguments, results and temporaries. `PyTorch`, if it
+is installed, is standard attention around its scaled_dot_product_attention, timed only.
 """
 
+import importlib.util
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -65,6 +68,8 @@ def literal_selective(layer: SelectiveAttention, x: jax.Array) -> jax.Array:
 
 def measure(name: str, tokens: int, width: int) -> tuple[float, float]:
     """(seconds, bytes) of one layer's loss and gradients; the best of a few calls."""
+    if name == "PyTorch":
+        return measure_torch(tokens, width)
     kind = AttentionType.selective if name == "literal" else AttentionType[name]
     sizes = dict(d_model=width, num_heads=2, num_layers=1, seq_len=tokens, batch_size=1)
     mla = dict(
@@ -81,12 +86,33 @@ def measure(name: str, tokens: int, width: int) -> tuple[float, float]:
     forward = literal_selective if name == "literal" else lambda layer, x: layer(x)
     gradients = eqx.filter_jit(eqx.filter_grad(lambda both: jnp.sum(jnp.square(forward(*both)))))
     compiled = gradients.lower((layer, x)).compile()
+    seconds = fastest(lambda: jax.block_until_ready(compiled((layer, x))), tokens)
+    return seconds, memory_bytes(compiled)
+
+
+def measure_torch(tokens: int, width: int) -> tuple[float, float]:
+    """(seconds, nan) of standard attention, without RoPE, in PyTorch."""
+    import torch
+
+    x = torch.randn(1, tokens, width, requires_grad=True)
+    q, k, v, o = (torch.nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def step() -> None:
+        heads = (w(x).reshape(1, tokens, 2, -1).transpose(1, 2) for w in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        o(out.transpose(1, 2).reshape(x.shape)).square().sum().backward()
+
+    return fastest(step, tokens), float("nan")
+
+
+def fastest(step: Callable[[], None], tokens: int) -> float:
+    step()
     best = float("inf")
     for _ in range(4 if tokens < 2048 else 2):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled((layer, x)))
+        step()
         best = min(best, time.perf_counter() - begin)
-    return best, memory_bytes(compiled)
+    return best
 
 
 def main(arguments: list[str]) -> None:
@@ -96,6 +122,8 @@ def main(arguments: list[str]) -> None:
         if name != "figure" or not figure_path:
             sys.exit(f"error: {argument}: write figure=PATH.png")
     names = [*(kind.name for kind in AttentionType), "literal"]
+    if importlib.util.find_spec("torch") is not None:
+        names.append("PyTorch")
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     print(f"{machine()}; ms / MB")
@@ -110,7 +138,10 @@ def main(arguments: list[str]) -> None:
                 if name != "literal" or 40 * point[0] ** 2 * point[1] < MEMORY_LIMIT
             ]
             results = [measure(name, *point) for point in possible]
-            cells = [f"{1e3 * seconds:,.1f} / {size / 1e6:,.0f}" for seconds, size in results]
+            cells = [
+                f"{1e3 * seconds:,.1f}" + (f" / {size / 1e6:,.0f}" if size == size else "")
+                for seconds, size in results
+            ]
             print(
                 f"| {name} | {' | '.join(cells + ['-'] * (len(values) - len(cells)))} |", flush=True
             )

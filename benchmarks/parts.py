@@ -25,9 +25,9 @@ from chargpt.attention.base import projection
 from chargpt.attention.kernel import dot_product_attention
 from chargpt.config import Activation, AttentionType, Norm
 from chargpt.model import FeedForward, init_weights, make_norm, take_rows
-from chargpt.optimizer import hyperparameters, make_optimizer
+from chargpt.optimizer import hyperparameters, keep_unless, make_optimizer
 from chargpt.parallel import Devices, choose_devices, offer_cpu_devices
-from chargpt.train import cross_entropy, init_state, keep_unless
+from chargpt.train import cross_entropy, init_state
 
 REPEATS = 10  # of a part in one call
 RATE = 1e-9  # of the descent: it changes the values, but not what they cost
@@ -79,9 +79,9 @@ def our_optimizer(config: Any, params: Any, devices: Devices) -> Callable[[], No
     def body(carry: Any, _: None) -> tuple[Any, None]:
         params, state, grads = carry
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        updates, new_state = optimizer.update(grads, state, params)
-        new = eqx.apply_updates(params, updates), new_state
-        return (*keep_unless(jnp.isfinite(norm), new, (params, state)), grads), None
+        finite = jnp.isfinite(norm)
+        updates, state = optimizer.update(grads, state, params, norm=norm, finite=finite)
+        return (keep_unless(finite, eqx.apply_updates(params, updates), params), state, grads), None
 
     grads = jax.tree.map(jnp.ones_like, params)
     # Placed as the step returns them: other places would compile it a second time
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> None:
     offer_cpu_devices()
     config = make_config(sizes, AttentionType.standard)
     text = np.random.default_rng(1).integers(0, VOCABULARY, 200_000).astype(np.int32)
-    arm = Arm(config, jnp.asarray(text))
+    arm = Arm(config, jnp.asarray(text), REPEATS)
     table = parts(sizes, config)
     arms = {(name, side): part[1 + side] for name, part in table.items() for side in (0, 1)}
     arms = {key: run for key, run in arms.items() if run is not None} | {("step", 0): arm}

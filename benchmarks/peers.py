@@ -13,11 +13,13 @@ import optax
 from chargpt.config import Config
 
 VOCABULARY = 65
-STEPS_PER_CALL = 10
 
 
-def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
-    """The standard model's step as one function over a dictionary of arrays, without modules."""
+def flat_arm(config: Config, tokens: jax.Array, num_steps: int) -> Callable[[], None]:
+    """The standard model's step as one function over a dictionary of arrays, without modules.
+
+    Every call takes `num_steps` steps.
+    """
     model, batch, length = config.model, config.trainer.batch_size, config.dataset.seq_len
     layers, width, heads, hidden = model.num_layers, model.d_model, model.num_heads, model.ff_width
     head_dim = width // heads
@@ -80,7 +82,7 @@ def flat_arm(config: Config, tokens: jax.Array) -> Callable[[], None]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def steps(carry, start):
-        return jax.lax.scan(step, carry, start + jnp.arange(STEPS_PER_CALL))
+        return jax.lax.scan(step, carry, start + jnp.arange(num_steps))
 
     carry = (params, optimizer.init(params))
 
@@ -128,8 +130,10 @@ def torch_models(config: Config) -> dict[str, Any]:
     }
 
 
-def torch_arm(model: Any, config: Config, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:
-    """Training steps in PyTorch: batches, clipping and AdamW (fused) as ours, in float32."""
+def torch_arm(
+    model: Any, config: Config, tokens: np.ndarray, num_steps: int, compiled: bool
+) -> Callable[[], None]:
+    """Steps in PyTorch, `num_steps` a call: batches, clipping, fused AdamW as ours, in float32."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,7 +154,7 @@ def torch_arm(model: Any, config: Config, tokens: np.ndarray, compiled: bool) ->
         loss_fn = torch.compile(loss_fn)
 
     def run() -> None:
-        for _ in range(STEPS_PER_CALL):
+        for _ in range(num_steps):
             starts = torch.randint(len(data) - length, (batch, 1), device=device)
             windows = data[starts + torch.arange(length + 1, device=device)]
             loss = loss_fn(windows[:, :-1], windows[:, 1:])

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                    # 64 wide, 2 heads, 4 layers, 300 tokens, batch 16
     python benchmarks/train.py d_model=128 num_heads=4 seq_len=64 batch_size=12 rounds=7
+    python benchmarks/train.py 'arms=standard/PyTorch compile*' steps=2   # some arms, steps a call
 
 Peers (benchmarks/peers.py): a flat JAX step, the same mathematics as `standard` without Equinox,
 modules or an interface; Hugging Face's GPT-2 and Llama, eager and under torch.compile, if torch and
@@ -14,6 +15,8 @@ AdamW.
 """
 
 import copy
+import fnmatch
+import functools
 import platform
 import sys
 import time
@@ -23,7 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peers import STEPS_PER_CALL, VOCABULARY, flat_arm, torch_arm, torch_models
+from peers import VOCABULARY, flat_arm, torch_arm, torch_models
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
@@ -46,16 +49,16 @@ def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> 
 
 
 class Arm:
-    """Calls of our own compiled chunk of steps."""
+    """Calls of our own compiled chunk of `num_steps` steps."""
 
-    def __init__(self, config: Config, tokens: jax.Array):
+    def __init__(self, config: Config, tokens: jax.Array, num_steps: int):
         devices = choose_devices(config.trainer)
         inputs, state = devices.replicate(
             (make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed))
         )
         self.flops_per_token = flops_per_token(state.model, config.dataset.seq_len)
         steps = eqx.filter_jit(
-            lambda inputs, s: train_steps(s, inputs, config, STEPS_PER_CALL, devices),
+            lambda inputs, s: train_steps(s, inputs, config, num_steps, devices),
             donate="all-except-first",
         )
         begin = time.perf_counter()
@@ -85,10 +88,13 @@ def machine() -> str:
 
 
 def main(arguments: list[str]) -> None:
+    choices = [argument for argument in arguments if argument.startswith("arms=")]
+    chosen = "".join(choices[-1:] or ["*"]).removeprefix("arms=").split("/")
     sizes = read_sizes(
-        arguments, dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5)
+        [argument for argument in arguments if argument not in choices],
+        dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5, steps=10),
     )
-    rounds = sizes.pop("rounds")
+    rounds, steps = sizes.pop("rounds"), sizes.pop("steps")
     offer_cpu_devices()
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 200_000).astype(np.int32)
     configs = {kind.name: make_config(sizes, kind) for kind in AttentionType}
@@ -97,15 +103,24 @@ def main(arguments: list[str]) -> None:
         sizes, AttentionType.standard, "trainer.num_devices=1"
     )
     configs["standard, muon"] = make_config(sizes, AttentionType.standard, "optimizer.name=muon")
-    ours = {name: Arm(config, jnp.asarray(tokens)) for name, config in configs.items()}
-    arms: dict[str, Callable[[], None]] = ours | {
-        "flat JAX": flat_arm(standard, jnp.asarray(tokens))
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        name: functools.partial(Arm, config, jnp.asarray(tokens), steps)
+        for name, config in configs.items()
     }
+    makers["flat JAX"] = functools.partial(flat_arm, standard, jnp.asarray(tokens), steps)
     for name, model in torch_models(standard).items():
         for way in ("eager", "compile"):
-            arms[f"PyTorch {way}, {name}"] = torch_arm(
-                copy.deepcopy(model), standard, tokens, way == "compile"
+            makers[f"PyTorch {way}, {name}"] = functools.partial(
+                torch_arm, copy.deepcopy(model), standard, tokens, steps, way == "compile"
             )
+    arms = {
+        name: make()
+        for name, make in makers.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in chosen)
+    }
+    if not arms:
+        sys.exit(f"error: arms={'/'.join(chosen)}: there are {'/'.join(makers)}")
+    ours = {name: arm for name, arm in arms.items() if isinstance(arm, Arm)}
     compile_seconds = {}
     best = dict.fromkeys(arms, float("inf"))
     for name, run in arms.items():
@@ -118,11 +133,12 @@ def main(arguments: list[str]) -> None:
         for name, run in arms.items():
             begin = time.perf_counter()
             run()
-            best[name] = min(best[name], (time.perf_counter() - begin) / STEPS_PER_CALL)
+            best[name] = min(best[name], (time.perf_counter() - begin) / steps)
     peak = max(peak, measure_peak_flops(compute_dtype(standard.trainer.precision)))
     print(f"{machine()}; {sizes}")
     print(f"matrix products: {peak / 1e9:,.0f} GFLOP/s")
-    print("| step of | ms | tokens/s | of standard | MFU | compile, s | memory, MB |")
+    first = best[next(iter(best))]
+    print(f"| step of | ms | tokens/s | of {next(iter(best))} | MFU | compile, s | memory, MB |")
     print(7 * "|---" + "|")
     for name, seconds in best.items():
         speed = sizes["batch_size"] * sizes["seq_len"] / seconds
@@ -132,7 +148,7 @@ def main(arguments: list[str]) -> None:
                 f"{speed * ours[name].flops_per_token / peak:.0%}",
                 f"{ours[name].megabytes:,.0f}",
             )
-        speeds = f"{1e3 * seconds:.1f} | {speed:,.0f} | {seconds / best['standard']:.2f}"
+        speeds = f"{1e3 * seconds:.1f} | {speed:,.0f} | {seconds / first:.2f}"
         print(f"| {name} | {speeds} | {mfu} | {compile_seconds[name]:.1f} | {memory} |")
 
 

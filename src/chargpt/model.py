@@ -30,7 +30,7 @@ def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     Activation.relu: jax.nn.relu,
-    Activation.gelu: jax.nn.gelu,
+    Activation.gelu: jax.checkpoint(jax.nn.gelu),  # keeps its input for the gradient, no more
     Activation.relu2: relu2,
     Activation.swiglu: jax.nn.silu,  # of the gate
 }

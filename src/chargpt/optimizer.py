@@ -2,18 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from chargpt.attention import AbstractAttention
 from chargpt.config import Config, OptimizerConfig, OptimizerName, Schedule
 from chargpt.model import is_linear
+
+Tree = TypeVar("Tree")
+Scalar = Float[Array, ""]
+Flag = Bool[Array, ""] | bool
+# `update` takes two facts of the step: the gradient's `norm`, and whether it is `finite`.
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class Hyperparameters(eqx.Module):
@@ -125,9 +131,68 @@ def on_split(optimizer: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(
-    config: OptimizerConfig, numbers: Hyperparameters
-) -> optax.GradientTransformation:
+def keep_unless(condition: Flag, new: Tree, old: Tree) -> Tree:
+    """`new` if the condition holds, `old` otherwise."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else n, new, old)
+
+
+def guarded(optimizer: optax.GradientTransformation) -> Optimizer:
+    """`optimizer`; its state stays as it was after a step that is not finite."""
+
+    def update(
+        grads: PyTree, state: PyTree, params: PyTree = None, *, finite: Flag = True, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        updates, new = optimizer.update(grads, state, params)
+        return updates, keep_unless(finite, new, state)
+
+    return Optimizer(optimizer.init, update)
+
+
+def clip(limit: float) -> Optimizer:
+    """Gradients scaled to a global norm of at most `limit`.
+
+    By one factor, which XLA multiplies by wherever a gradient is read. optax's quotient of every
+    gradient would be stored.
+    """
+
+    def update(
+        grads: PyTree, state: PyTree, params: PyTree = None, *, norm: Scalar | None = None, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        norm = optax.tree.norm(grads) if norm is None else norm
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda grad: factor * grad, grads), state
+
+    return Optimizer(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: Scalar
+) -> Optimizer:
+    """optax.adamw (arXiv 1711.05101), guarded, its updates computed from the moments that are kept.
+
+    So XLA changes the moments in place. Updates from moments that a later guard may reject make it
+    copy both, and take twice as long in all (docs/results.md).
+    """
+    adam = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
+    moments = guarded(adam)
+
+    def update(
+        grads: PyTree, state: PyTree, params: PyTree = None, **step: Any
+    ) -> tuple[PyTree, PyTree]:
+        _, new = moments.update(grads, state, params, **step)
+        count, rate = state[0].count + 1, schedule(state[0].count)
+        bias1, bias2 = 1 - beta1**count, 1 - beta2**count
+
+        def change(mean: Array, square: Array, param: Array, decays: bool) -> Array:
+            direction = mean / bias1 / (jnp.sqrt(square / bias2) + eps)
+            return -rate * (direction + weight_decay * param if decays else direction)
+
+        return jax.tree.map(change, new[0].mu, new[0].nu, params, decay_mask(params)), new
+
+    return Optimizer(moments.init, update)
+
+
+def make_optimizer(config: OptimizerConfig, numbers: Hyperparameters) -> Optimizer:
     """Gradient clipping by global norm, then AdamW (arXiv 1711.05101), or Muon, under the schedule.
 
     Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the
@@ -135,17 +200,11 @@ def make_optimizer(
     Adam's updates, 0.2 (arXiv 2502.16982), it takes learning rates and weight decay of the same
     size as AdamW does. Everything else keeps Adam, with Nesterov momentum as in optax.
     """
-    clip = optax.identity()
-    if config.grad_clip is not None:
-        clip = optax.clip_by_global_norm(config.grad_clip)
     schedule = make_schedule(config.schedule, numbers)
     betas = config.beta1, config.beta2
     match config.name:
         case OptimizerName.adamw:
-            decay = numbers.weight_decay
-            optimizer = optax.adamw(
-                schedule, *betas, config.eps, weight_decay=decay, mask=decay_mask
-            )
+            optimizer = adamw(schedule, *betas, config.eps, numbers.weight_decay)
         case OptimizerName.muon:
             own = numbers.adam_learning_rate
             own = numbers.learning_rate if own is None else own
@@ -162,5 +221,6 @@ def make_optimizer(
                 muon_weight_dimension_numbers=hidden_matrices,
                 consistent_rms=0.2,
             )
-            optimizer = on_split(muon)
-    return optax.chain(clip, optimizer)
+            optimizer = guarded(on_split(muon))
+    limit = config.grad_clip
+    return optax.chain(optax.identity() if limit is None else clip(limit), optimizer)

@@ -8,12 +8,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from chargpt.config import Config, OptimizerName, Precision, Sampling
 from chargpt.corpus import epoch_batch, sample_batch
 from chargpt.model import GPT
-from chargpt.optimizer import Hyperparameters, hyperparameters, make_optimizer, make_schedule
+from chargpt.optimizer import (
+    Hyperparameters,
+    hyperparameters,
+    keep_unless,
+    make_optimizer,
+    make_schedule,
+)
 from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
@@ -130,11 +136,12 @@ def train_step(
     params = eqx.filter(state.model, eqx.is_inexact_array)
     if devices is not None and config.optimizer.name is OptimizerName.muon:
         grads = devices.split_layers(grads)  # expensive: each device does some layers
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, params, norm=grad_norm, finite=finite
+    )
     if devices is not None:
         updates = devices.replicate(updates)
     model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
-    opt_state = keep_unless(finite, opt_state, state.opt_state)
     ema, count = state.ema, state.step - state.skipped  # skipped steps do not count
     if ema is not None:
         ema = keep_unless(finite, average(ema, model, config, count), ema)
@@ -219,11 +226,6 @@ def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
     norms |= {f"feed_forward_{layer}": part for layer, part in enumerate(feed_forward)}
     has_head = grads.final_norm is not None or grads.head is not None
     return norms | ({"head": norm(grads.final_norm, grads.head)} if has_head else {})
-
-
-def keep_unless(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
-    """`new` if the condition holds, `old` otherwise."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else n, new, old)
 
 
 def train_steps(
