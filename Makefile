@@ -11,6 +11,8 @@ help:
 	@echo 'make test                lint, types, all tests'
 	@echo 'make lint                ruff and mypy only'
 	@echo 'make bench               the tables of docs/results.md that need no other library (an hour)'
+	@echo 'make gpu-check           compile for an H100 without a GPU (installs 6 GB into .venv-cuda)'
+	@echo 'make gpu-bench           the first ten minutes on a GPU: tests, tables'
 	@echo 'make lock                resolve the lock files again (needs uv)'
 	@echo 'make clean               remove .venv and caches, keep runs'
 
@@ -41,6 +43,17 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/growth.py
 
+gpu-check: .venv-cuda/installed
+	JAX_PLATFORMS=cpu PYTHONPATH=src .venv-cuda/bin/python benchmarks/gpu_check.py $(ARGS)
+
+gpu-bench: setup
+	$(BIN)/python benchmarks/gpu_bench.py $(ARGS)
+
+.venv-cuda/installed: requirements-cuda.lock
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r $<
+	@touch $@
+
 lock: # the newest jax for each version of Python
 	for extras in '' -cuda; do \
 		uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy requires-python \
@@ -49,7 +62,7 @@ lock: # the newest jax for each version of Python
 	done
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup train test lint bench lock clean
+.PHONY: help setup train test lint bench gpu-check gpu-bench lock clean

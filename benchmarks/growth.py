@@ -151,7 +151,8 @@ def main(arguments: list[str]) -> None:
                     values[: len(series)],
                     [scale * y for y in series],
                     marker=marker,
-                    color=colour,
+                    color="black" if name == "PyTorch" else colour,
+                    linestyle="--" if name == "PyTorch" else "-",
                     label=name,
                 )
         axes[1, column].set_xlabel(("context, tokens (64 wide)", "width (256 tokens)")[column])

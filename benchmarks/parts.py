@@ -115,7 +115,7 @@ def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, 
         torch = None
     width, heads, layers = sizes["d_model"], sizes["num_heads"], sizes["num_layers"]
     batch, length = sizes["batch_size"], sizes["seq_len"]
-    devices, keys = choose_devices(config.trainer), jax.random.split(jax.random.key(0), 9)
+    devices, keys = choose_devices(config), jax.random.split(jax.random.key(0), 9)
     rows = jax.random.normal(keys[0], (batch * length, width))
     qkv = tuple(jax.random.normal(key, (batch, length, heads, width // heads)) for key in keys[1:4])
     tokens = jax.random.randint(keys[4], (batch * length,), 0, VOCABULARY)

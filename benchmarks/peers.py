@@ -133,7 +133,7 @@ def torch_models(config: Config) -> dict[str, Any]:
 def torch_arm(
     model: Any, config: Config, tokens: np.ndarray, num_steps: int, compiled: bool
 ) -> Callable[[], None]:
-    """Steps in PyTorch, `num_steps` a call: batches, clipping, fused AdamW as ours, in float32."""
+    """Steps in PyTorch, `num_steps` a call: batches, clipping, fused AdamW, precision as ours."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,7 +145,8 @@ def torch_arm(
     data = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
 
     def loss_fn(inputs, targets):
-        logits = model(inputs, use_cache=False).logits
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(inputs, use_cache=False).logits
         return torch.nn.functional.cross_entropy(
             logits.reshape(-1, VOCABULARY), targets.reshape(-1)
         )

@@ -52,7 +52,7 @@ class Arm:
     """Calls of our own compiled chunk of `num_steps` steps."""
 
     def __init__(self, config: Config, tokens: jax.Array, num_steps: int):
-        devices = choose_devices(config.trainer)
+        devices = choose_devices(config)
         inputs, state = devices.replicate(
             (make_inputs(tokens, config), init_state(config, VOCABULARY, config.seed))
         )

@@ -18,7 +18,7 @@ from chargpt.attention import (
     SelectiveAttention,
     make_attention,
 )
-from chargpt.attention.kernel import dot_product_attention, fused_kernel
+from chargpt.attention.kernel import dot_product_attention
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
 
@@ -698,24 +698,6 @@ def test_every_array_of_a_layer_is_a_weight(mha_type):
     arrays = [leaf for leaf in jax.tree.leaves(attention) if eqx.is_array(leaf)]
     assert len(arrays) == len(jax.tree.leaves(grads))
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads))
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype", "width", "expected"),
-    [
-        ("gpu", jnp.bfloat16, 32, True),
-        ("gpu", jnp.float16, 128, True),
-        ("cpu", jnp.bfloat16, 32, False),
-        ("gpu", jnp.float32, 32, False),
-        ("gpu", jnp.bfloat16, 36, False),
-        ("gpu", jnp.bfloat16, 136, False),
-    ],
-)
-def test_the_fused_kernel_is_for_a_gpu_and_16_bit_numbers_of_a_width_that_it_takes(
-    backend, dtype, width, expected, monkeypatch
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert fused_kernel(dtype, width) is expected
 
 
 def test_a_batch_is_its_sequences(mha_type):

@@ -883,6 +883,7 @@ def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
         best_val_loss=None,
         best_step=None,
         devices="1 x cpu",
+        dtype=np.dtype(np.float32),
     )
     recorder.run_dir, recorder.config, recorder.versions = run_dir, config, {}
     recorder.console = SimpleNamespace(say=said.append)

@@ -237,7 +237,7 @@ CHOICES = {
     "optimizer.name": config.OptimizerName,
     "optimizer.schedule": config.Schedule,
     "optimizer.warmup_steps": (None, 0, 7),
-    "trainer.precision": Precision,
+    "trainer.precision": (None, *Precision),
     "trainer.eval_tokens": (None, 100),
     "mode": config.Mode,
 }

@@ -23,7 +23,7 @@ def shared_config(*overrides: str) -> Config:
 
 
 def devices_of(*overrides: str) -> Devices:
-    return choose_devices(shared_config(*overrides).trainer)
+    return choose_devices(shared_config(*overrides))
 
 
 def initial(config: Config) -> TrainState:
@@ -48,7 +48,7 @@ def test_a_step_of_muon_which_shares_out_layers_equals_the_step_of_one():
 
 def check_step(*overrides: str) -> None:
     config = shared_config("model.dropout=0.1", *overrides)
-    devices = choose_devices(config.trainer)
+    devices = choose_devices(config)
     assert len(devices) == 2
     state = initial(config)
     alone, shared = (
@@ -71,7 +71,7 @@ def check_step(*overrides: str) -> None:
 def test_every_device_ends_with_the_complete_state_whatever_its_share_was(parts):
     batch = ["trainer.batch_size=8", f"trainer.grad_accum_steps={parts}"]
     config = shared_config("optimizer.name=muon", *batch)
-    devices = choose_devices(config.trainer)
+    devices = choose_devices(config)
     state = devices.replicate(initial(config))
     steps = eqx.filter_jit(lambda state, inputs: train_steps(state, inputs, config, 3, devices))
     state, metrics = steps(state, devices.replicate(make_inputs(TOKENS, config)))
@@ -86,7 +86,7 @@ def test_every_device_ends_with_the_complete_state_whatever_its_share_was(parts)
 
 def test_an_evaluation_shared_by_two_equals_that_of_one():
     config = shared_config()
-    devices = choose_devices(config.trainer)
+    devices = choose_devices(config)
     model, windows = initial(config).model, make_windows(np.asarray(TOKENS), config.dataset.seq_len)
     for batch_size in (eval_batch_size(windows), 3):
         alone = evaluate(model, windows, batch_size, config.trainer.precision)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from chargpt.attention import AbstractAttention
 from chargpt.config import Config, OptimizerConfig, OptimizerName, Schedule
 from chargpt.model import is_linear
+from chargpt.parallel import Devices
 
 Tree = TypeVar("Tree")
 Scalar = Float[Array, ""]
@@ -192,35 +195,101 @@ def adamw(
     return Optimizer(moments.init, update)
 
 
-def make_optimizer(config: OptimizerConfig, numbers: Hyperparameters) -> Optimizer:
-    """Gradient clipping by global norm, then AdamW (arXiv 1711.05101), or Muon, under the schedule.
+def newton_schulz(
+    matrices: PyTree,
+    coefficients: Float[Array, "3"],
+    steps: int,
+    dtype: Any = jnp.float32,
+    devices: Devices | None = None,
+) -> PyTree:
+    """Matrices of norm at most 1, in stacks [i, _, _], each made orthogonal, approximately.
 
-    Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a hidden matrix by the
-    nearest orthogonal matrix, found by Newton-Schulz iteration. Scaled to the root mean square of
-    Adam's updates, 0.2 (arXiv 2502.16982), it takes learning rates and weight decay of the same
-    size as AdamW does. Everything else keeps Adam, with Nesterov momentum as in optax.
+    X <- a X + (b A + c A²) X with A = X Xᵀ (https://kellerjordan.github.io/posts/muon). All
+    matrices of one shape, either way round, are one stack: few large products. The devices share
+    its matrices, with zeros added where they do not divide evenly.
     """
-    schedule = make_schedule(config.schedule, numbers)
+    leaves, structure = jax.tree.flatten(matrices)
+    tall = [leaf.shape[1] > leaf.shape[2] for leaf in leaves]
+    wide = [leaf.mT if flip else leaf for leaf, flip in zip(leaves, tall, strict=True)]
+    a, b, c = coefficients.astype(dtype)
+    for shape in sorted({leaf.shape[1:] for leaf in wide}):
+        places = [i for i, leaf in enumerate(wide) if leaf.shape[1:] == shape]
+        ends = list(itertools.accumulate(len(wide[i]) for i in places))
+        x = jnp.concatenate([wide[i] for i in places]).astype(dtype)
+        if devices is not None:
+            x = jnp.pad(x, ((0, -len(x) % len(devices)), (0, 0), (0, 0)))
+            x = devices.split(devices.replicate(x))
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        if devices is not None:
+            x = devices.replicate(x)[: ends[-1]]
+        for i, part in zip(places, jnp.split(x, ends[:-1]), strict=True):
+            wide[i] = part.astype(wide[i].dtype)
+    leaves = [leaf.mT if flip else leaf for leaf, flip in zip(wide, tall, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def muon(
+    config: OptimizerConfig, numbers: Hyperparameters, dtype: Any, devices: Devices | None
+) -> optax.GradientTransformation:
+    """optax.contrib.muon, its iterations by `newton_schulz`; everything else keeps Adam.
+
+    Updates are scaled to the root mean square of Adam's, 0.2 (arXiv 2502.16982). Adam has
+    Nesterov momentum here, as in optax.
+    """
+    # No iterations: momentum of norm 1
+    momentum = optax.contrib.scale_by_muon(
+        ns_steps=0, beta=config.momentum, eps=config.eps, weight_dimension_numbers=hidden_matrices
+    )
+
+    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        matrices, new = momentum.update(grads, state, params)
+        steps = config.newton_schulz_steps
+        return newton_schulz(matrices, state.ns_coeffs, steps, dtype, devices), new
+
+    def scaled(matrices: Array) -> Array:
+        return 0.2 * math.sqrt(max(matrices.shape[1:])) * matrices
+
+    def kinds(params: PyTree) -> PyTree:
+        def kind(node: Any) -> Any:
+            linear = is_linear(node)
+            return jax.tree.map(lambda w: "muon" if linear and w.ndim == 3 else "adam", node)
+
+        return jax.tree.map(kind, params, is_leaf=is_linear)
+
+    own = numbers.adam_learning_rate
+    own = numbers.learning_rate if own is None else own
+    rate = make_schedule(config.schedule, numbers)
+    adam_rate = make_schedule(config.schedule, dataclasses.replace(numbers, learning_rate=own))
     betas = config.beta1, config.beta2
+    matrices = optax.chain(
+        optax.GradientTransformation(momentum.init, update),
+        optax.stateless(lambda updates, _: jax.tree.map(scaled, updates)),
+        optax.add_decayed_weights(numbers.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    adam = optax.adamw(adam_rate, *betas, config.eps, weight_decay=0.0, nesterov=True)
+    return on_split(optax.partition({"muon": matrices, "adam": adam}, kinds))
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    numbers: Hyperparameters,
+    dtype: Any = jnp.float32,
+    devices: Devices | None = None,
+) -> Optimizer:
+    """Gradient clipping by global norm, then AdamW or Muon, under the schedule.
+
+    `dtype` and `devices` are those of Muon's iterations. Its update of a hidden matrix is the
+    nearest orthogonal matrix to the momentum. As updates are of the size of Adam's, learning rates
+    and weight decay of the same size as AdamW's suit it.
+    """
     match config.name:
         case OptimizerName.adamw:
+            schedule, betas = make_schedule(config.schedule, numbers), (config.beta1, config.beta2)
             optimizer = adamw(schedule, *betas, config.eps, numbers.weight_decay)
         case OptimizerName.muon:
-            own = numbers.adam_learning_rate
-            own = numbers.learning_rate if own is None else own
-            adam_numbers = dataclasses.replace(numbers, learning_rate=own)
-            muon = optax.contrib.muon(
-                schedule,
-                ns_steps=config.newton_schulz_steps,
-                beta=config.momentum,
-                eps=config.eps,
-                weight_decay=numbers.weight_decay,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
-                adam_learning_rate=make_schedule(config.schedule, adam_numbers),
-                muon_weight_dimension_numbers=hidden_matrices,
-                consistent_rms=0.2,
-            )
-            optimizer = guarded(on_split(muon))
+            optimizer = guarded(muon(config, numbers, dtype, devices))
     limit = config.grad_clip
     return optax.chain(optax.identity() if limit is None else clip(limit), optimizer)

@@ -3,17 +3,18 @@
 import contextlib
 import dataclasses
 import os
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from chargpt.config import TrainerConfig
+from chargpt.config import Config
 from chargpt.errors import require
 
 Tree = TypeVar("Tree")
+GPU_TOKENS = 4096  # of a batch, on each GPU: an estimate (docs/gpu.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Devices:
     """The devices of a run, along one axis named `batch`."""
 
     mesh: Mesh
+    reason: str = ""  # why not all that there are
 
     def __len__(self) -> int:
         return self.mesh.size
@@ -36,14 +38,6 @@ class Devices:
     def replicate(self, tree: Tree) -> Tree:
         """Arrays of which every device holds a copy."""
         return self._place(tree, NamedSharding(self.mesh, PartitionSpec()))
-
-    def split_layers(self, tree: Tree) -> Tree:
-        """Stacks of matrices [layer, …], some layers on each device if they share out evenly."""
-
-        def shared(leaf: Any) -> bool:
-            return eqx.is_array(leaf) and leaf.ndim == 3 and leaf.shape[0] % len(self) == 0
-
-        return eqx.combine(self.split(eqx.filter(tree, shared)), tree)
 
     @staticmethod
     def first(tree: Tree) -> Tree:
@@ -69,14 +63,24 @@ def offer_cpu_devices() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
-def choose_devices(trainer: TrainerConfig) -> Devices:
-    """`trainer.num_devices` devices; by default as many as can share a batch evenly."""
-    available = jax.devices()
+def choose_devices(config: Config) -> Devices:
+    """`trainer.num_devices` devices; by default as many as can share a batch evenly.
+
+    Of GPUs, as many as get GPU_TOKENS tokens of it each: with fewer, launching kernels takes longer
+    than running them.
+    """
+    available, trainer = jax.devices(), config.trainer
     share = trainer.batch_size // trainer.grad_accum_steps
-    number = trainer.num_devices
+    number, reason = trainer.num_devices, ""
     if number is None:
-        number = max(count for count in range(1, len(available) + 1) if share % count == 0)
+        most = len(available)
+        if available[0].platform == "gpu":
+            most = max(1, min(most, share * config.dataset.seq_len // GPU_TOKENS))
+        number = max(count for count in range(1, most + 1) if share % count == 0)
+        if number < len(available):
+            reason = f"of {len(available)}"
+            reason += f", {GPU_TOKENS:,} tokens or more each" if most < len(available) else ""
     found = f"there are {len(available)} ({available[0].platform})"
     few = f"trainer.num_devices={number}: {found}; write that or fewer, or null"
     require(number <= len(available), few)
-    return Devices(Mesh(np.array(available[:number]), ("batch",)))
+    return Devices(Mesh(np.array(available[:number]), ("batch",)), reason)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from chargpt.config import Config, OptimizerName, Precision, Sampling
+from chargpt.config import Config, Precision, Sampling
 from chargpt.corpus import epoch_batch, sample_batch
 from chargpt.model import GPT
 from chargpt.optimizer import (
@@ -91,8 +91,11 @@ def init_state(config: Config, vocab_size: int, seed: Seed) -> TrainState:
     return TrainState(model, ema, opt_state, step=zero(), skipped_in_a_row=zero(), skipped=zero())
 
 
-def compute_dtype(precision: Precision) -> Any:
-    return jnp.bfloat16 if precision is Precision.bfloat16 else jnp.float32
+def compute_dtype(precision: Precision | None) -> Any:
+    """None: bfloat16 on a GPU, whose fused attention needs 16 bits, and float32 on a CPU."""
+    if precision is None:
+        precision = Precision.bfloat16 if jax.default_backend() == "gpu" else Precision.float32
+    return jnp.dtype(precision.name)
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
@@ -132,15 +135,12 @@ def train_step(
     grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    optimizer = make_optimizer(config.optimizer, inputs.numbers)
+    dtype = compute_dtype(config.trainer.precision)
+    optimizer = make_optimizer(config.optimizer, inputs.numbers, dtype, devices)
     params = eqx.filter(state.model, eqx.is_inexact_array)
-    if devices is not None and config.optimizer.name is OptimizerName.muon:
-        grads = devices.split_layers(grads)  # expensive: each device does some layers
     updates, opt_state = optimizer.update(
         grads, state.opt_state, params, norm=grad_norm, finite=finite
     )
-    if devices is not None:
-        updates = devices.replicate(updates)
     model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
     ema, count = state.ema, state.step - state.skipped  # skipped steps do not count
     if ema is not None:

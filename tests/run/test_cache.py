@@ -63,6 +63,7 @@ def settings() -> Any:
     """Changes JAX's settings, which are restored after the test."""
     names = ["enable_compilation_cache", "compilation_cache_dir"]
     names += ["persistent_cache_min_compile_time_secs"]
+    names += ["remove_custom_partitioning_ptr_from_cache_key"]
     before = {name: getattr(jax.config, f"jax_{name}") for name in names}
 
     def change(**values: Any) -> None:
@@ -117,6 +118,16 @@ def test_a_cache_that_is_turned_off_writes_nothing(tmp_path: Path, settings: Any
     with cache.kept_executables(said.append):
         assert not jax.config.jax_enable_compilation_cache
     assert said == [] and not (tmp_path / "none").exists()
+
+
+def test_addresses_are_left_out_of_the_keys(tmp_path: Path, settings: Any) -> None:
+    """tests/test_gpu.py shows that keys differ otherwise."""
+    settings(
+        compilation_cache_dir=str(tmp_path), remove_custom_partitioning_ptr_from_cache_key=False
+    )
+    tmp_path.chmod(0o700)
+    with cache.kept_executables(print):
+        assert jax.config.jax_remove_custom_partitioning_ptr_from_cache_key
 
 
 def test_every_kind_of_processor_has_its_own_folder(

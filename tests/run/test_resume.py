@@ -183,7 +183,7 @@ def test_what_an_override_changes_is_reported_as_old_and_new():
         "optimizer.learning_rate": (old.optimizer.learning_rate, 0.5),
         "optimizer.grad_clip": (1.0, None),
         "optimizer.schedule": ("cosine", "wsd"),
-        "trainer.precision": ("float32", "bfloat16"),
+        "trainer.precision": (None, "bfloat16"),
         "mode": ("disabled", "offline"),
         "wandb.tags": ([], ["a", "b"]),
         "wandb.name": (old.wandb.name, "a b"),

@@ -1,6 +1,7 @@
 """Attention itself: softmax(q·k) v, by the kernel that suits the device."""
 
 import functools
+import re
 from typing import Any, Literal
 
 import jax
@@ -20,10 +21,21 @@ Heads = Float[Array, "n _ _"]  # heads first: [n, position, width]
 Mask = Bool[Array, "t s"] | Literal["causal"]
 
 
-def fused_kernel(dtype: Any, width: int) -> bool:
-    """Whether cuDNN's fused attention applies: a GPU, 16-bit numbers, a width that it takes."""
-    narrow = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
-    return narrow and jax.default_backend() == "gpu"
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, such as (9, 0); None on anything else."""
+    device = jax.devices()[0]
+    found = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    return (int(found[1]), int(found[2])) if found else None  # ROCm has names such as gfx90a
+
+
+def fused_kernel(dtype: Any, width: int, length: int) -> bool:
+    """Whether cuDNN has a plan for fused attention, forward and backward.
+
+    Asked of cuDNN 9.28: on Ampere and later, for 16-bit numbers, widths up to 128 that are
+    multiples of 8, and more than one query (docs/gpu.md).
+    """
+    fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and length > 1
+    return fits and (cuda_capability() or (0, 0)) >= (8, 0)
 
 
 def softmax(scores: Float[Array, "*n t s"], mask: Bool[Array, "t s"], dtype: Any) -> Array:
@@ -64,7 +76,7 @@ def dot_product_attention(
         # Over many queries one long product beats a sum of two; over one, it would copy the cache.
         queries, keys = join_shared(queries, keys, shared)
         shared, width, length = None, values.shape[-1], len(queries)
-        if width <= keys.shape[-1] and fused_kernel(queries.dtype, keys.shape[-1]):
+        if width <= keys.shape[-1] and fused_kernel(queries.dtype, keys.shape[-1], length):
             # The kernel wants one width: zeros added to the values come out as zeros.
             values = jnp.pad(values, ((0, 0), (0, 0), (0, keys.shape[-1] - width)))
             fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")

@@ -47,6 +47,8 @@ def kept_executables(say: Callable[[str], None]) -> Iterator[None]:
         say(f"executables are not cached: {folder}: {problem}; {choice}")
     JAX_CONFIG.update("jax_enable_compilation_cache", problem is None)
     JAX_CONFIG.update("jax_compilation_cache_dir", str(folder))
+    # On several GPUs, lowered attention has an address of this process in its text.
+    JAX_CONFIG.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         JAX_CONFIG.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     with warnings.catch_warnings():

@@ -44,7 +44,7 @@ def evaluate(
     model: GPT,
     windows: Windows,
     batch_size: int,
-    precision: Precision,
+    precision: Precision | None,
     devices: Devices | None = None,
 ) -> dict[str, float]:
     """Loss (nats per character), bits per character and accuracy over all windows, exactly."""

@@ -16,7 +16,7 @@ from chargpt.checkpoint import Header
 from chargpt.config import Config
 from chargpt.corpus import Corpus, make_windows
 from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
-from chargpt.errors import RunFailed
+from chargpt.errors import RunFailed, require
 from chargpt.generate import generate
 from chargpt.model import GPT
 from chargpt.parallel import choose_devices
@@ -40,6 +40,13 @@ SAMPLE_TEMPERATURE = 0.8
 ENTROPY_WINDOWS = 8  # of the validation split
 # For computations that take longer to optimise than to run.
 RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+# The first or the second, whatever this XLA calls it; and no kernels chosen by timing them.
+DETERMINISTIC = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+    "xla_gpu_autotune_level": 0,
+}
 
 Line = dict[str, int | float]
 jitted: Any = eqx.filter_jit  # its annotations lack compiler options and `lower`
@@ -71,7 +78,7 @@ class Loop:
     ):
         self.config, self.corpus = config, corpus
         self.dtype = compute_dtype(config.trainer.precision)
-        self.devices = choose_devices(config.trainer)
+        self.devices = choose_devices(config)
         inputs, options = make_inputs(corpus.train, config), compiler_options(RUNS_ONCE)
         if restored is None:
             make = functools.partial(init_state, config, len(corpus.tokenizer))
@@ -96,6 +103,7 @@ class Loop:
         self.trained_tokens, self.trained_seconds, self.last_fetch = 0, 0.0, 0.0
         self.compile_seconds, self.compile_cached = 0.0, False
         self.memory_bytes: int | None = None
+        self.kernel = ""  # that computes attention
         self.seconds_before = header.seconds if header else 0.0
         self.began = time.perf_counter()
 
@@ -108,12 +116,25 @@ class Loop:
         self.compile_seconds = time.perf_counter() - self.began
         self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
         self.compile_cached = cache.reads > reads
+        # What XLA made of it, rather than what was asked for
+        fused = any("fmha" in steps.compiled.as_text() for steps in self.compiled.values())
+        self.kernel = "cuDNN's fused kernel" if fused else "XLA"
 
     def _compile_steps(self, num_steps: int) -> Any:
         def steps(inputs: Inputs, state: TrainState) -> tuple[TrainState, StepMetrics]:
             return train_steps(state, inputs, self.config, num_steps, self.devices)
 
-        return jitted(steps, donate="all-except-first").lower(self.inputs, self.state).compile()
+        make = jitted(steps, donate="all-except-first", compiler_options=self._options())
+        return make.lower(self.inputs, self.state).compile()
+
+    def _options(self) -> dict[str, Any] | None:
+        """What XLA must be told to compile the same kernels, with the same sums, every time."""
+        if not (self.config.trainer.deterministic and jax.default_backend() == "gpu"):
+            return None
+        found = compiler_options(DETERMINISTIC)
+        rule = "this version of XLA has no such mode; write trainer.deterministic=false"
+        require(len(found) > 1, f"trainer.deterministic=true: {rule}")
+        return found
 
     def _boundaries(self) -> Iterator[int]:
         """The next steps at which something is due: multiples, wherever the run has started."""

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from chargpt.parallel import Devices
+
 PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
 
 
@@ -21,6 +23,11 @@ def device_name() -> str:
 
 def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def numerics(devices: Devices, dtype: Any) -> dict[str, str]:
+    """What runs must have in common to compute the same numbers bit for bit."""
+    return package_versions() | {"devices": str(devices), "precision": jnp.dtype(dtype).name}
 
 
 def measure_peak_flops(dtype: Any) -> float:

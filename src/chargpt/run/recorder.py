@@ -14,7 +14,7 @@ from chargpt.run.console import RunConsole
 from chargpt.run.curves import NAMES, draw_curves
 from chargpt.run.directory import log_metrics, read_metrics, record_sizes, write_config
 from chargpt.run.loop import Loop, Report
-from chargpt.run.machine import device_name, package_versions
+from chargpt.run.machine import device_name, numerics, package_versions
 from chargpt.run.tracking import WandbRun
 
 
@@ -89,7 +89,7 @@ class Recorder:
             seconds=loop.seconds(),
             best_val_loss=loop.best_val_loss,
             best_step=loop.best_step,
-            versions=self.versions | {"devices": str(loop.devices)},
+            versions=numerics(loop.devices, loop.dtype),
             record_sizes=record_sizes(self.run_dir),
         )
 
@@ -139,7 +139,8 @@ class Recorder:
     def _show_start(self) -> None:
         loop, model, corpus = self.loop, self.config.model, self.loop.corpus
         changed = [f"{name}={value}" for name, value in differences(self.config).items()]
-        shared = f"batch shared by {len(loop.devices)}, {self.config.trainer.precision.name}"
+        shared = f"batch shared by {len(loop.devices)} {loop.devices.reason}".rstrip()
+        shared += f", {loop.dtype.name}"
         splits = f"{len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate"
         losses = [f"{NAMES[name]} {loss:.3f}" for name, loss in corpus.baselines.items()]
         peak = f"{loop.peak_flops / 1e9:,.0f} GFLOP/s"
@@ -164,7 +165,8 @@ class Recorder:
 
     def say_compiled(self) -> None:
         how = "read the compiled" if self.loop.compile_cached else "compiled the"
-        self.console.say(f"{how} training step in {self.loop.compile_seconds:.1f} s\n")
+        by = f"attention by {self.loop.kernel}"
+        self.console.say(f"{how} training step in {self.loop.compile_seconds:.1f} s; {by}\n")
 
     def _show_end(self, summary: dict[str, Any], stopped: str | None) -> None:
         loop, best, speed = self.loop, summary["best/val_loss"], summary["tokens_per_second"]

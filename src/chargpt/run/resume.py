@@ -11,8 +11,8 @@ from chargpt.corpus import Corpus
 from chargpt.errors import require
 from chargpt.parallel import choose_devices
 from chargpt.run.directory import read_config
-from chargpt.run.machine import package_versions
-from chargpt.train import TrainState
+from chargpt.run.machine import numerics
+from chargpt.train import TrainState, compute_dtype
 
 CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest intact one is taken
 
@@ -31,7 +31,7 @@ def restore(
         say(f"  {name}: {was} -> {now}")
     if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
         say("  from here on, the learning-rate schedule is that of the new length")
-    versions = package_versions() | {"devices": str(choose_devices(config.trainer))}
+    versions = numerics(choose_devices(config), compute_dtype(config.trainer.precision))
     for name, version in (header.versions if header else {}).items():
         if versions.get(name) != version:
             say(f"  not bit-exact: {name} {version} -> {versions.get(name)}")

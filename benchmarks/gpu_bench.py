@@ -1,0 +1,99 @@
+"""The first ten minutes on a GPU: is fused attention right, and how fast is everything?
+
+    make gpu-bench                                       # writes gpu-bench/
+    python benchmarks/gpu_bench.py folder=DIR minutes=9 parts=attention/train-10.7M
+
+Each part is a program of its own, whose output goes to gpu-bench/PART.txt as it comes, so that
+nothing measured is lost if the machine is. summary.md has the tables, for docs/results.md. A part
+that fails or takes too long is reported, and the next one begins. `rehearse=true` runs tiny sizes,
+on a CPU too.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+TINY = "d_model=16 num_heads=2 num_layers=1 seq_len=16 batch_size=4 rounds=1 steps=1"
+SIZES = {
+    "0.8M": "d_model=128 num_heads=4 num_layers=4 seq_len=64 batch_size=12 rounds=5 steps=100",
+    "10.7M": "d_model=384 num_heads=6 num_layers=6 seq_len=256 batch_size=64 rounds=5 steps=50",
+    "124M": "d_model=768 num_heads=12 num_layers=12 seq_len=1024 batch_size=16 rounds=3 steps=10",
+}
+
+
+def parts(rehearse: bool) -> dict[str, tuple[list[str], float]]:
+    """{name: (command, seconds allowed)}, what is most worth knowing first."""
+    tests = ["-m", "pytest", "-n", "0", "tests/test_gpu.py", "-k", "on_the_device", "-rA"]
+    found = {"attention": (tests, 90.0)}
+    for name, sizes in SIZES.items():
+        arms = ["arms=standard"] if name == "124M" or rehearse else []
+        arms = ["arms=standard/PyTorch compile*"] if name == "124M" and not rehearse else arms
+        command = ["benchmarks/train.py", *(TINY if rehearse else sizes).split(), *arms]
+        found[f"train-{name}"] = command, 120.0
+    run = ["main.py", "mode=disabled", "hydra.run.dir=RUN"]
+    tiny = ["trainer.num_steps=2", "model.num_layers=1", "model.d_model=24", "dataset.seq_len=8"]
+    tiny += ["trainer.eval_tokens=100", "trainer.sample_chars=0", "model.d_ff=null"]
+    for recipe in ("nanogpt", "record"):
+        command = [*run, f"experiment={recipe}", "dataset.name=shakespeare"]
+        found[recipe] = command + (tiny if rehearse else []), 120.0
+    found["decode"] = ["benchmarks/decode.py"], 60.0
+    found["growth"] = ["benchmarks/growth.py", "figure=FIGURE"], 60.0
+    return found
+
+
+def read(arguments: list[str]) -> dict[str, str]:
+    chosen = {"folder": "gpu-bench", "minutes": "9", "parts": "", "rehearse": "false"}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in chosen:
+            sys.exit(f"error: {argument}: write {', '.join(f'{key}=…' for key in chosen)}")
+        chosen[name] = value
+    return chosen
+
+
+def main(arguments: list[str]) -> None:
+    chosen = read(arguments)
+    folder, found = Path(chosen["folder"]).resolve(), parts(chosen["rehearse"] == "true")
+    names = chosen["parts"].split("/") if chosen["parts"] else list(found)
+    if unknown := set(names) - set(found):
+        sys.exit(f"error: parts={'/'.join(sorted(unknown))}: there are {'/'.join(found)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    end, failed = time.monotonic() + 60 * float(chosen["minutes"]), []
+    summary = folder / "summary.md"
+    summary.write_text("")
+    for name in names:
+        command, limit = found[name]
+        places = {"hydra.run.dir=RUN": f"hydra.run.dir={folder / name}"}
+        places["figure=FIGURE"] = f"figure={folder / 'growth.png'}"
+        command = [PYTHON, *(places.get(word, word) for word in command)]
+        begin, limit = time.monotonic(), min(limit, end - time.monotonic())
+        if limit <= 0:
+            ended = "not begun: no time was left"
+        else:
+            with open(folder / f"{name}.txt", "w") as output:
+                try:
+                    code = subprocess.run(
+                        command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit
+                    ).returncode
+                    ended = "done" if code == 0 else f"failed with exit code {code}"
+                except subprocess.TimeoutExpired:
+                    ended = f"cut off after {limit:.0f} s"
+        if ended != "done":
+            failed.append(name)
+        print(f"{name}: {ended}, {time.monotonic() - begin:.0f} s", flush=True)
+        text = folder / f"{name}.txt"
+        lines = text.read_text().splitlines() if text.exists() else []
+        shown = " ".join(word.removeprefix(f"{ROOT}/") for word in command[1:])
+        with open(summary, "a") as file:
+            table = [line for line in lines if line.startswith("|")] or lines[-12:]
+            file.write(f"## {name}: {ended}\n\n`python {shown}`\n\n" + "\n".join(table) + "\n\n")
+    print(f"tables: {summary}")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,133 @@
+"""The programs of a run as an NVIDIA GPU gets them, lowered where there is none.
+
+Used by tests/test_gpu.py and benchmarks/gpu_check.py.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from chargpt import generate
+from chargpt.attention import kernel
+from chargpt.config import Config
+from chargpt.parallel import Devices
+from chargpt.run import evaluate
+from chargpt.train import cast, compute_dtype, init_state, make_inputs, train_steps
+
+HOPPER = (9, 0)
+CUDNN = 92800  # 9.28, what requirements-cuda.lock installs
+CORPUS = 10_000  # characters: no program's cost depends on it
+CHUNK = 50  # sampled tokens in a call
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(capability: tuple[int, int] = HOPPER) -> Iterator[None]:
+    """Within it, the program and JAX's checks of cuDNN find a GPU of that compute capability."""
+
+    def reaches(wanted: str) -> bool:
+        return tuple(map(int, wanted.split("."))) <= capability
+
+    with (
+        mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.object(kernel, "cuda_capability", lambda: capability),
+        mock.patch.object(cudnn, "check_cudnn_version", lambda: CUDNN),
+        mock.patch.object(cudnn, "check_compute_capability", reaches),
+        mock.patch.object(
+            cudnn, "is_cuda_compute_capability_equal", "{}.{}".format(*capability).__eq__
+        ),
+    ):
+        yield
+
+
+def lower(
+    function: Callable,
+    *arguments: Any,
+    donate: tuple[int, ...] = (0,),
+    place: Any = None,
+    on_gpu: bool = True,
+) -> Any:
+    """`function` of shapes and static values, lowered for CUDA.
+
+    `place`, a sharding, is that of every array.
+    """
+    arrays, static = eqx.partition(arguments, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    if place is not None:
+        arrays = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arrays
+        )
+
+    def on_arrays(*arrays: Any) -> Any:
+        return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+
+    with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+        traced = jax.jit(on_arrays, donate_argnums=donate).trace(*arrays)
+        # Placed arrays say by themselves what they are lowered for
+        return traced.lower(lowering_platforms=None if place is not None else ("cuda",))
+
+
+def shapes(function: Callable, *arguments: Any) -> Any:
+    return eqx.filter_eval_shape(function, *arguments)
+
+
+def training(
+    config: Config,
+    vocabulary: int,
+    steps: int,
+    devices: Devices | None = None,
+    place: Any = None,
+    on_gpu: bool = True,
+) -> Any:
+    """A chunk of training steps."""
+    state = shapes(init_state, config, vocabulary, 0)
+    corpus = jax.ShapeDtypeStruct((CORPUS,), jnp.int32)
+    inputs = shapes(lambda tokens: make_inputs(tokens, config), corpus)
+    return lower(
+        lambda state, inputs: train_steps(state, inputs, config, steps, devices),
+        state,
+        inputs,
+        place=place,
+        on_gpu=on_gpu,
+    )
+
+
+def evaluation(config: Config, vocabulary: int, place: Any = None) -> Any:
+    """The scoring of 64 windows."""
+    model = shapes(init_state, config, vocabulary, 0).model
+    window = jax.ShapeDtypeStruct((64, config.dataset.seq_len), jnp.int32)
+    weights = jax.ShapeDtypeStruct(window.shape, jnp.float32)
+    with as_on_a_gpu():
+        dtype = compute_dtype(config.trainer.precision)
+    score = evaluate.score.__wrapped__
+    return lower(
+        lambda model, *rows: score(model, rows, dtype),
+        model,
+        window,
+        window,
+        weights,
+        donate=(),
+        place=place,
+    )
+
+
+def sampler(config: Config, vocabulary: int, place: Any = None) -> Any:
+    """The loop that draws CHUNK tokens."""
+    with as_on_a_gpu():
+        dtype = compute_dtype(config.trainer.precision)
+    state = shapes(init_state, config, vocabulary, 0)
+    model = shapes(lambda model: cast(model, dtype).unstack(), state.model)
+    length = config.dataset.seq_len
+    cache = shapes(lambda model: jax.vmap(lambda _: model.init_cache(length))(jnp.arange(1)), model)
+    token, index = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    keys = shapes(lambda: jax.random.split(jax.random.key(0), 1))
+
+    def draw(cache: Any, model: Any, token: Any, keys: Any, index: Any) -> Any:
+        how = 0.8, None, None
+        return generate._draw((model, token, keys, index, index, CHUNK, how), cache)
+
+    return lower(draw, cache, model, token, keys, index, place=place)
