@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, make_config, small_config
 from jax._src import cache_key
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,6 +19,9 @@ from chargpt.attention import kernel
 from chargpt.config import AttentionType, Config, OptimizerName
 from chargpt.parallel import Devices, choose_devices
 from chargpt.train import compute_dtype, init_state, loss_fn
+
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu_bench
 
 VOCABULARY = 20
 STEPS = 2
@@ -176,23 +179,28 @@ def test_fused_attention_on_the_device_is_that_of_xla(mha_type):
 
 
 def test_the_benchmark_for_a_gpu_keeps_what_it_measured(tmp_path):
-    """Rehearsed here: two parts, and one for which no time is left."""
+    """Rehearsed here: a part, and one for which no time is left."""
 
     def bench(*arguments: str) -> subprocess.CompletedProcess:
         script = ROOT / "benchmarks" / "gpu_bench.py"
         command = [sys.executable, script, f"folder={tmp_path}", "rehearse=true", *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
-    done = bench("parts=train-0.8M/nanogpt")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("train-0.8M", "nanogpt"):
-        assert f"{name}: done" in done.stdout
-        assert f"## {name}: done" in (tmp_path / "summary.md").read_text()
+    done = bench("parts=train-0.8M")
+    assert done.returncode == 0 and "train-0.8M: done" in done.stdout, done.stdout + done.stderr
+    assert "| standard |" in (tmp_path / "summary.md").read_text()
+    done = bench("parts=record", "minutes=0")
+    assert done.returncode == 1 and "record: not begun: no time was left" in done.stdout
     assert "| standard |" in (tmp_path / "train-0.8M.txt").read_text()
-    assert (tmp_path / "nanogpt" / "summary.json").is_file()
-    done = bench("parts=growth", "minutes=0")
-    assert done.returncode == 1 and "growth: not begun: no time was left" in done.stdout
-    assert "| standard |" in (tmp_path / "train-0.8M.txt").read_text()
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_the_benchmark_for_a_gpu_trains_recipes_that_exist(rehearse):
+    commands = [command for command, _ in gpu_bench.parts(rehearse).values()]
+    recipes = [overrides for script, *overrides in commands if script == "main.py"]
+    assert len(recipes) == 2
+    for overrides in recipes:
+        make_config(*(name for name in overrides if not name.startswith("hydra.")))
 
 
 def two_devices() -> tuple[Devices, NamedSharding]:
