@@ -5,8 +5,8 @@
 
 Each part is a program of its own, whose output goes to gpu-bench/PART.txt as it comes, so that
 nothing measured is lost if the machine is. summary.md has the tables, for docs/results.md. A part
-that fails or takes too long is reported, and the next one begins. `rehearse=true` runs tiny sizes on
-whatever device there is.
+that fails or takes too long is reported, and the next one begins. `rehearse=true` runs tiny sizes
+on whatever device there is.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-ON_GPU = {"JAX_PLATFORMS": "cuda,cpu"}
+ON_GPU = {"JAX_PLATFORMS": "cuda"}
 TINY = "d_model=16 num_heads=2 num_layers=1 seq_len=16 batch_size=4 rounds=1 steps=1"
 SIZES = {
     "0.8M": "d_model=128 num_heads=4 num_layers=4 seq_len=64 batch_size=12 rounds=5 steps=100",
