@@ -50,6 +50,11 @@ def is_fused(config: Config) -> bool:
     return bool(calls)
 
 
+def fused_calls(config: Config) -> set[int]:
+    """How many calls of it a program may have: up to jax 0.11, layers share one function."""
+    return {1, config.model.num_layers} if is_fused(config) else {0}
+
+
 def assert_has_no(operations: tuple[str, ...], text: str) -> None:
     for operation in operations:
         assert f"stablehlo.{operation}" not in text
@@ -64,9 +69,9 @@ def products(text: str) -> list[str]:
 def test_a_training_step_has_fused_attention_and_16_bit_products_only(mha_type, optimizer):
     config = config_of(mha_type, f"optimizer.name={optimizer.name}")
     text = cuda.training(config, VOCABULARY, STEPS).as_text()
-    fused = text.count("@__cudnn$fmhaSoftmax("), text.count("@__cudnn$fmhaSoftmaxBackward(")
-    # Layers of one shape share a function
-    assert fused == ((1, 1) if is_fused(config) else (0, 0))
+    forward = text.count("@__cudnn$fmhaSoftmax(")
+    assert forward in fused_calls(config)
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == forward
     assert_has_no(SLOW, text)
     assert text.count("stablehlo.while") == 1  # the chunk, of a known number of steps
     assert len(products(text)) > 20
@@ -76,7 +81,7 @@ def test_a_training_step_has_fused_attention_and_16_bit_products_only(mha_type, 
 def test_an_evaluation_has_fused_attention_and_16_bit_products_only(mha_type):
     config = config_of(mha_type)
     text = cuda.evaluation(config, VOCABULARY).as_text()
-    assert text.count("@__cudnn$fmhaSoftmax(") == is_fused(config)
+    assert text.count("@__cudnn$fmhaSoftmax(") in fused_calls(config)
     assert "Backward" not in text
     assert_has_no(SLOW, text)
     assert products(text) and "f32" not in "".join(products(text))
@@ -235,11 +240,13 @@ def test_the_cache_key_of_a_step_on_two_gpus_leaves_out_an_address():
     ]
     assert "CustomSPMDPartitioning" in str(modules[0])
 
-    def texts(ignored: cache_key.IgnoreCallbacks) -> set[bytes]:
+    def texts(ignored: object) -> set[bytes]:
         return {cache_key._canonicalize_ir(module, ignored) for module in modules}
 
-    assert len(texts(cache_key.IgnoreCallbacks.CUSTOM_PARTITIONING)) == 1
-    assert len(texts(cache_key.IgnoreCallbacks.NO)) == 2
+    names = getattr(cache_key, "IgnoreCallbacks", None)  # a boolean from jax 0.12 on
+    nothing, address = (names.NO, names.CUSTOM_PARTITIONING) if names else (False, True)
+    assert len(texts(address)) == 1
+    assert len(texts(nothing)) == 2
 
 
 @pytest.mark.parametrize(
