@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTHON = sys.executable
 ON_GPU = {"JAX_PLATFORMS": "cuda"}
 TINY = "d_model=16 num_heads=2 num_layers=1 seq_len=16 batch_size=4 rounds=1 steps=1"
 SIZES = {
@@ -26,25 +25,24 @@ SIZES = {
 }
 
 
-def parts(rehearse: bool) -> dict[str, tuple[list[str], float]]:
+def parts(rehearse: bool, folder: Path) -> dict[str, tuple[list[str], float]]:
     """{name: (command, seconds allowed)}, what is most worth knowing first."""
     tests = ["-m", "pytest", "-n", "0", "tests/test_gpu.py", "-k", "on_the_device", "-rA"]
     found = {"attention": (tests, 90.0)}
     for name, sizes in SIZES.items():
-        arms = ["arms=standard"] if name == "124M" or rehearse else []
-        arms = ["arms=standard/PyTorch compile*"] if name == "124M" and not rehearse else arms
-        command = ["benchmarks/train.py", *(TINY if rehearse else sizes).split(), *arms]
-        found[f"train-{name}"] = command, 120.0
-    run = ["main.py", "mode=disabled", "hydra.run.dir=RUN"]
+        arms = "standard/PyTorch compile*" if name == "124M" else "*"
+        sizes, arms = (TINY, "standard") if rehearse else (sizes, arms)
+        found[f"train-{name}"] = ["benchmarks/train.py", *sizes.split(), f"arms={arms}"], 120.0
     tiny = ["trainer.num_steps=2", "model.num_layers=1", "model.d_model=24", "dataset.seq_len=8"]
     tiny += ["trainer.eval_tokens=100", "trainer.sample_chars=0", "model.d_ff=null"]
     tiny += ["optimizer.warmup_steps=null"]
     for recipe in ("nanogpt", "record"):
-        command = [*run, f"experiment={recipe}", "dataset.name=shakespeare"]
-        found[recipe] = command + (tiny if rehearse else []), 120.0
+        run = ["main.py", "mode=disabled", f"hydra.run.dir={folder / recipe}"]
+        run += [f"experiment={recipe}", "dataset.name=shakespeare"]
+        found[recipe] = run + (tiny if rehearse else []), 120.0
     if not rehearse:  # these have one size
         found["decode"] = ["benchmarks/decode.py"], 60.0
-        found["growth"] = ["benchmarks/growth.py", "figure=FIGURE"], 60.0
+        found["growth"] = ["benchmarks/growth.py", f"figure={folder / 'growth.png'}"], 60.0
     return found
 
 
@@ -61,7 +59,8 @@ def read(arguments: list[str]) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     chosen = read(arguments)
     rehearse = chosen["rehearse"] == "true"
-    folder, found = Path(chosen["folder"]).resolve(), parts(rehearse)
+    folder = Path(chosen["folder"]).resolve()
+    found = parts(rehearse, folder)
     # The tests' own choice would be the CPU; without a GPU, JAX ends every part with an error
     environment = dict(os.environ) if rehearse else {"XLA_FLAGS": "", **os.environ, **ON_GPU}
     names = chosen["parts"].split("/") if chosen["parts"] else list(found)
@@ -73,9 +72,6 @@ def main(arguments: list[str]) -> None:
     summary.write_text("")
     for name in names:
         command, limit = found[name]
-        places = {"hydra.run.dir=RUN": f"hydra.run.dir={folder / name}"}
-        places["figure=FIGURE"] = f"figure={folder / 'growth.png'}"
-        command = [PYTHON, *(places.get(word, word) for word in command)]
         begin, limit = time.monotonic(), min(limit, end - time.monotonic())
         if limit <= 0:
             ended = "not begun: no time was left"
@@ -83,7 +79,7 @@ def main(arguments: list[str]) -> None:
             with open(folder / f"{name}.txt", "w") as output:
                 try:
                     code = subprocess.run(
-                        command,
+                        [sys.executable, *command],
                         cwd=ROOT,
                         env=environment,
                         stdout=output,
@@ -98,7 +94,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name}: {ended}, {time.monotonic() - begin:.0f} s", flush=True)
         text = folder / f"{name}.txt"
         lines = text.read_text().splitlines() if text.exists() else []
-        shown = " ".join(word.removeprefix(f"{ROOT}/") for word in command[1:])
+        shown = " ".join(word.removeprefix(f"{ROOT}/") for word in command)
         with open(summary, "a") as file:
             table = [line for line in lines if line.startswith("|")] or lines[-12:]
             file.write(f"## {name}: {ended}\n\n`python {shown}`\n\n" + "\n".join(table) + "\n\n")

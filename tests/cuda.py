@@ -96,13 +96,17 @@ def training(
     )
 
 
+def gpu_dtype(config: Config) -> Any:
+    with as_on_a_gpu():
+        return compute_dtype(config.trainer.precision)
+
+
 def evaluation(config: Config, vocabulary: int, place: Any = None) -> Any:
     """The scoring of 64 windows."""
     model = shapes(init_state, config, vocabulary, 0).model
     window = jax.ShapeDtypeStruct((64, config.dataset.seq_len), jnp.int32)
     weights = jax.ShapeDtypeStruct(window.shape, jnp.float32)
-    with as_on_a_gpu():
-        dtype = compute_dtype(config.trainer.precision)
+    dtype = gpu_dtype(config)
     score = evaluate.score.__wrapped__
     return lower(
         lambda model, *rows: score(model, rows, dtype),
@@ -117,8 +121,7 @@ def evaluation(config: Config, vocabulary: int, place: Any = None) -> Any:
 
 def sampler(config: Config, vocabulary: int, place: Any = None) -> Any:
     """The loop that draws CHUNK tokens."""
-    with as_on_a_gpu():
-        dtype = compute_dtype(config.trainer.precision)
+    dtype = gpu_dtype(config)
     state = shapes(init_state, config, vocabulary, 0)
     model = shapes(lambda model: cast(model, dtype).unstack(), state.model)
     length = config.dataset.seq_len

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import cuda
@@ -120,10 +122,7 @@ def test_the_fused_kernel_is_asked_for_where_cudnn_has_a_plan(
     ("name", "expected"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx90a", None), (None, None)]
 )
 def test_only_nvidia_gpus_have_a_cuda_capability(name, expected, monkeypatch):
-    device = mock.Mock(spec=[] if name is None else ["compute_capability"])
-    device.compute_capability = name
-    if name is None:
-        del device.compute_capability
+    device = SimpleNamespace(**({} if name is None else {"compute_capability": name}))
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert kernel.cuda_capability() == expected
 
@@ -133,6 +132,15 @@ def test_precision_is_16_bits_on_a_gpu_unless_it_is_chosen():
     assert compute_dtype(None) == compute_dtype(chosen) == jnp.float32
     with cuda.as_on_a_gpu():
         assert (compute_dtype(None), compute_dtype(chosen)) == (jnp.bfloat16, jnp.float32)
+
+
+def gradient(model: eqx.Module, x: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Loss and gradients, traced anew at every call."""
+
+    def loss(model: eqx.Module) -> jax.Array:
+        return loss_fn(model, x[:, :-1], x[:, 1:], None, dtype)
+
+    return jax.tree.leaves(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model))
 
 
 def test_the_fused_branch_is_the_formula(mha_type):
@@ -146,18 +154,12 @@ def test_the_fused_branch_is_the_formula(mha_type):
         calls.append(implementation)
         return real(*arguments, implementation="xla", **how)
 
-    def gradient() -> list[jax.Array]:
-        def loss(model: eqx.Module) -> jax.Array:
-            return loss_fn(model, x[:, :-1], x[:, 1:], None, jnp.float32)
-
-        return jax.tree.leaves(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model))
-
-    plain = gradient()
+    plain = gradient(model, x, jnp.float32)
     with (
         mock.patch.object(kernel, "fused_kernel", lambda *_: True),
         mock.patch.object(jax.nn, "dot_product_attention", in_place),
     ):
-        fused = gradient()
+        fused = gradient(model, x, jnp.float32)
     assert set(calls) == ({"cudnn"} if is_fused(config) else set())
     for one, other in zip(plain, fused, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -170,15 +172,9 @@ def test_fused_attention_on_the_device_is_that_of_xla(mha_type):
     model = init_state(config, VOCABULARY, 0).model
     x = jax.random.randint(jax.random.key(1), (4, 101), 0, VOCABULARY)
 
-    def gradient() -> list[jax.Array]:
-        def loss(model: eqx.Module) -> jax.Array:
-            return loss_fn(model, x[:, :-1], x[:, 1:], None, jnp.bfloat16)
-
-        return jax.tree.leaves(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model))
-
-    fused = gradient()
+    fused = gradient(model, x, jnp.bfloat16)
     with mock.patch.object(kernel, "fused_kernel", lambda *_: False):
-        plain = gradient()
+        plain = gradient(model, x, jnp.bfloat16)
     for one, other in zip(fused, plain, strict=True):
         assert np.linalg.norm(one - other) <= 0.03 * np.linalg.norm(other)
 
@@ -201,7 +197,7 @@ def test_the_benchmark_for_a_gpu_keeps_what_it_measured(tmp_path):
 
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_the_benchmark_for_a_gpu_trains_recipes_that_exist(rehearse):
-    commands = [command for command, _ in gpu_bench.parts(rehearse).values()]
+    commands = [command for command, _ in gpu_bench.parts(rehearse, ROOT).values()]
     recipes = [overrides for script, *overrides in commands if script == "main.py"]
     assert len(recipes) == 2
     for overrides in recipes:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -72,13 +73,23 @@ def make_schedule(kind: Schedule, numbers: Hyperparameters) -> optax.Schedule:
     return learning_rate
 
 
+def label(params: PyTree, rule: Callable[[bool, Any], Any]) -> PyTree:
+    """`rule(linear, leaf)` for every leaf; `linear`: it is the weight of a linear layer."""
+
+    def of_node(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: rule(is_linear(node), leaf), node)
+
+    return jax.tree.map(of_node, params, is_leaf=is_linear)
+
+
 def decay_mask(params: PyTree) -> PyTree:
     """True for the weights of linear layers; embeddings and norms do not decay."""
+    return label(params, lambda linear, leaf: linear)
 
-    def decays(node: Any) -> Any:
-        return jax.tree.map(lambda _: is_linear(node), node)
 
-    return jax.tree.map(decays, params, is_leaf=is_linear)
+def is_hidden(linear: bool, leaf: Any) -> bool:
+    """A stack of matrices [layer, out, in]: not an embedding, the head or a norm."""
+    return linear and leaf.ndim == 3
 
 
 def hidden_matrices(params: PyTree) -> PyTree:
@@ -89,13 +100,7 @@ def hidden_matrices(params: PyTree) -> PyTree:
     matrix and its transpose, and XLA is slow at transposing.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-
-    def axes(node: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: matrix if is_linear(node) and leaf.ndim == 3 else None, node
-        )
-
-    return jax.tree.map(axes, params, is_leaf=is_linear)
+    return label(params, lambda linear, leaf: matrix if is_hidden(linear, leaf) else None)
 
 
 def split_fused(params: PyTree) -> PyTree:
@@ -252,11 +257,7 @@ def muon(
         return 0.2 * math.sqrt(max(matrices.shape[1:])) * matrices
 
     def kinds(params: PyTree) -> PyTree:
-        def kind(node: Any) -> Any:
-            linear = is_linear(node)
-            return jax.tree.map(lambda w: "muon" if linear and w.ndim == 3 else "adam", node)
-
-        return jax.tree.map(kind, params, is_leaf=is_linear)
+        return label(params, lambda *weight: "muon" if is_hidden(*weight) else "adam")
 
     own = numbers.adam_learning_rate
     own = numbers.learning_rate if own is None else own

@@ -117,7 +117,8 @@ class Loop:
         self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
         self.compile_cached = cache.reads > reads
         # What XLA made of it, rather than what was asked for
-        fused = any("fmha" in steps.compiled.as_text() for steps in self.compiled.values())
+        texts = (steps.compiled.as_text() for steps in self.compiled.values())
+        fused = jax.default_backend() == "gpu" and any("fmha" in text for text in texts)
         self.kernel = "cuDNN's fused kernel" if fused else "XLA"
 
     def _compile_steps(self, num_steps: int) -> Any:

@@ -21,6 +21,7 @@ def device_name() -> str:
     return f"{device.device_kind}{cores}"
 
 
+@functools.cache  # every checkpoint asks
 def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
