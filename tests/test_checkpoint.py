@@ -262,14 +262,13 @@ def test_every_field_of_the_header_is_restored(changes: dict[str, Any], tmp_path
     assert checkpoint.load(tmp_path / "last.eqx")[1] == header
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.25"])
-def test_equinox_alone_reads_the_leaves(mha_type: AttentionType, dropout: str, tmp_path: Path):
-    config = tiny_config(f"model.mha_type={mha_type.name}", f"model.dropout={dropout}")
+def test_equinox_alone_reads_the_leaves(mha_type: AttentionType, tmp_path: Path):
+    config = tiny_config(f"model.mha_type={mha_type.name}", "model.dropout=0.25")
     state = random_state(config)
     checkpoint.save(tmp_path / "last.eqx", state, make_header(config))
     with open(tmp_path / "last.eqx", "rb") as file:
         assert json.loads(file.readline())["step"] == 7
-        # Without dropout's rates, which the configuration has
+        # Without the dropout rate of Equinox's attention, which the configuration has
         like = eqx.filter(random_state(config, seed=1), eqx.is_array)
         assert_same_bits(eqx.tree_deserialise_leaves(file, like), eqx.filter(state, eqx.is_array))
 

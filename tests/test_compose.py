@@ -372,6 +372,13 @@ def test_nanogpt_recipes_are_those_of_nanogpt(
     assert (optimizer.weight_decay, optimizer.grad_clip) == (0.1, 1.0)
 
 
+@pytest.mark.parametrize("overrides", [[], *([f"experiment={name}"] for name in EXPERIMENTS)])
+def test_an_experiment_compiles_steps_for_chunks_of_one_length(overrides):
+    trainer = make_config(*overrides).trainer
+    for number in (trainer.num_steps, trainer.eval_every, trainer.checkpoint_every):
+        assert number % trainer.log_every == 0
+
+
 def test_debug_is_twenty_steps():
     composed = make_config("experiment=debug")
     assert composed.trainer.num_steps == 20 and composed.trainer.eval_every <= 20

@@ -15,7 +15,7 @@ from chargpt.attention import AbstractAttention, GroupedQueryAttention
 from chargpt.config import Activation, AttentionType, ModelConfig
 from chargpt.costs import count_parameters
 from chargpt.errors import ConfigError
-from chargpt.model import GPT, Block, FeedForward, init_weights, make_norm, take_rows
+from chargpt.model import GPT, Block, FeedForward, drop, init_weights, make_norm, take_rows
 
 VOCAB, SEQ_LEN = 11, 9
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 10])
@@ -435,6 +435,18 @@ def stream_moves(model: GPT) -> np.ndarray:
 
 def zeroed(leaf):
     return jnp.zeros_like(leaf) if eqx.is_array(leaf) else leaf
+
+
+@pytest.mark.parametrize(("shape", "rate"), [((999, 7), 0.3), ((600, 512), 2e-3)])
+def test_dropout_decides_for_each_element_by_itself(shape, rate):
+    """Two elements share a random word: neither their rates nor their fates may differ for it."""
+    x = drop(jnp.ones(shape), rate, jax.random.key(0))
+    kept = np.asarray(x) != 0
+    np.testing.assert_allclose(x[kept], 1 / (1 - rate), rtol=2e-5)
+    for part in (kept[:, 0::2], kept[:, 1::2]):
+        assert abs(part.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / part.size)
+    pairs = ~kept[:, 0 : 2 * (shape[1] // 2) : 2] & ~kept[:, 1::2]
+    assert abs(pairs.mean() - rate**2) < 5 * rate / math.sqrt(pairs.size)
 
 
 # --- looking rows up

@@ -63,6 +63,21 @@ class FeedForward(eqx.Module):
         return jnp.einsum("tf,mf->tm", hidden, self.down_proj.weight)
 
 
+def drop(x: Stream, rate: float, key: DropoutKey) -> Stream:
+    """Dropout (arXiv 1207.0580): elements are zero at the `rate`, the others scaled up for it.
+
+    16 random bits decide for each element, two from every word that is drawn, so the rate is
+    rounded to a multiple of 2^-16. No key, no dropout.
+    """
+    if key is None or rate == 0:
+        return x
+    tokens, width = x.shape
+    words = jax.random.bits(key, (tokens, -(-width // 2)))
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(tokens, -1)[:, :width]
+    dropped = round(rate * 2**16)
+    return jnp.where(bits < dropped, 0, x / (1 - dropped / 2**16))
+
+
 def make_norm(kind: Norm, width: int) -> NormLayer:
     norm = eqx.nn.RMSNorm if kind is Norm.rmsnorm else eqx.nn.LayerNorm
     return norm(width, use_bias=False)
@@ -98,7 +113,7 @@ class Block(eqx.Module):
     feed_forward_norm: NormLayer
     norm_position: NormPosition = eqx.field(static=True)
     residual_scale: float = eqx.field(static=True)
-    dropout: eqx.nn.Dropout
+    dropout: float = eqx.field(static=True)
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         attention_key, ff_key = jax.random.split(key)
@@ -109,7 +124,7 @@ class Block(eqx.Module):
         self.feed_forward_norm = make_norm(config.norm, config.d_model)
         self.norm_position = config.norm_position
         self.residual_scale = config.residual_scale
-        self.dropout = eqx.nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def __call__(self, x: Stream, *, key: DropoutKey = None, sequences: int = 1) -> Stream:
         """x holds `sequences` of equal length, one after another. `key` None: no dropout."""
@@ -143,7 +158,7 @@ class Block(eqx.Module):
 
     def _add(self, x: Stream, norm: NormLayer, branch: Branch, key: DropoutKey) -> Stream:
         y = self.residual_scale * branch(self._branch_input(x, norm))
-        x = x + self.dropout(y, key=key, inference=key is None)
+        x = x + drop(y, self.dropout, key)
         return x if self.norm_position is NormPosition.pre else jax.vmap(norm)(x)
 
 
@@ -163,7 +178,7 @@ class GPT(eqx.Module):
     blocks: Block | tuple[Block, ...]
     final_norm: NormLayer | None
     head: eqx.nn.Linear | None
-    dropout: eqx.nn.Dropout
+    dropout: float = eqx.field(static=True)
     num_layers: int = eqx.field(static=True)
     logit_softcap: float | None = eqx.field(static=True)
 
@@ -188,7 +203,7 @@ class GPT(eqx.Module):
         if not config.tie_embeddings:
             head = projection(config.d_model, vocab_size, head_key)
             self.head = init_weights(head, {"": 0.0} if config.zero_init else {}, key=head_key)
-        self.dropout = eqx.nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap
 
@@ -206,7 +221,7 @@ class GPT(eqx.Module):
         if self.position_embedding is not None:
             positions = take_rows(self.position_embedding, jnp.arange(length))
             x = x + jnp.tile(positions, (sequences, 1))
-        x = self.dropout(x, key=embed_key, inference=key is None)
+        x = drop(x, self.dropout, embed_key)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.num_layers)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
 
