@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE # a program would compile 1,400 files every time it starts
 # JAX with CUDA if there is an NVIDIA GPU
 LOCK := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.lock,requirements.lock)
 

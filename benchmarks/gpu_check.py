@@ -27,7 +27,7 @@ import cuda
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
-from chargpt.parallel import Devices
+from chargpt.parallel import AXES, Devices
 
 VOCABULARY, STEPS = 65, 2
 SIZES = [
@@ -155,7 +155,7 @@ def configs(arguments: list[str]) -> Iterator[tuple[str, Config]]:
 
 def main(arguments: list[str]) -> None:
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices[:1]), ("batch",))
+    mesh = Mesh(np.array(topology.devices[:1]).reshape(1, 1), AXES)
     place = NamedSharding(mesh, PartitionSpec())
     print(f"compiled for {topology.devices[0].device_kind} by jax {jax.__version__}; not run\n")
     print(

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Two devices share the batch of a run, also on a machine with one core.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+# Eight devices to lay runs out on, on any machine.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Tests mostly compile, so optimizations that do not help tiny sizes are switched off.
 flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 flags += ["--xla_cpu_parallel_codegen_split_count=1"]

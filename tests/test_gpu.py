@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chargpt.attention import kernel
 from chargpt.config import AttentionType, Config, OptimizerName
-from chargpt.parallel import Devices, choose_devices
+from chargpt.parallel import AXES, Devices, choose_devices
 from chargpt.train import compute_dtype, init_state, loss_fn
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -205,7 +205,7 @@ def test_the_benchmark_for_a_gpu_trains_recipes_that_exist(rehearse):
 
 
 def two_devices() -> tuple[Devices, NamedSharding]:
-    devices = Devices(Mesh(np.array(jax.devices()[:2]), ("batch",)))
+    devices = Devices(Mesh(np.array(jax.devices()[:2]).reshape(2, 1), AXES))
     return devices, NamedSharding(devices.mesh, PartitionSpec())
 
 

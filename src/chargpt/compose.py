@@ -46,9 +46,10 @@ def compose(overrides: tuple[str, ...] = ()) -> Config:
 def parse(settings: DictConfig) -> Config:
     """What Hydra composed; ConfigError if a rule of it or of its attention type is broken."""
     config = typed(settings)
-    from chargpt.model import check  # JAX: after the rules that do not need it
+    from chargpt import model, parallel  # JAX: after the rules that do not need it
 
-    check(config.model)
+    model.check(config.model)
+    parallel.check(config)
     return config
 
 

@@ -247,8 +247,40 @@ class TrainerConfig(Group):
         super().__post_init__()
         name, batch_size = "trainer.grad_accum_steps", self.batch_size
         require_divides(name, self.grad_accum_steps, batch_size, "trainer.batch_size")
-        share, what = batch_size // self.grad_accum_steps, f"trainer.batch_size / {name}"
-        require_divides("trainer.num_devices", self.num_devices, share, what)
+
+
+@dataclasses.dataclass
+class ParallelConfig(Group):
+    prefix = "parallel."
+
+    data: int | None = option(None, least=1)
+    tensor: int = option(1, least=1)
+    fsdp: bool = option(False)
+    stall_factor: float | None = incidental(None, within=(1.0, math.inf, ""))
+
+
+@dataclasses.dataclass
+class DistributedConfig(Group):
+    """Of this process only: neither saved with a run nor compared."""
+
+    prefix = "distributed."
+
+    coordinator: str | None = incidental(None)
+    num_processes: int | None = incidental(None, least=1)
+    process_id: int | None = incidental(None, least=0)
+    initialization_timeout: int = incidental(300, least=1)
+    heartbeat_timeout: int = incidental(100, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        three = {"coordinator": "HOST:PORT", "num_processes": "N", "process_id": "I"}
+        given = [name for name in three if getattr(self, name) is not None]
+        missing = " ".join(f"distributed.{n}={v}" for n, v in three.items() if n not in given)
+        require(len(given) in (0, 3), f"distributed.{''.join(given[:1])}: write {missing} as well")
+        if self.num_processes is not None and self.process_id is not None:
+            rule = f"must be less than distributed.num_processes={self.num_processes}"
+            inside = self.process_id < self.num_processes
+            require(inside, f"distributed.process_id={self.process_id}: {rule}")
 
 
 @dataclasses.dataclass
@@ -273,6 +305,8 @@ class Config:
     dataset: DatasetConfig = option()
     optimizer: OptimizerConfig = option()
     trainer: TrainerConfig = option()
+    parallel: ParallelConfig = option()
+    distributed: DistributedConfig = option()
     wandb: WandbConfig = option()
 
     def __post_init__(self) -> None:
@@ -284,6 +318,31 @@ class Config:
         counted = steps * self.trainer.batch_size < 2**31
         random = self.dataset.sampling is Sampling.random
         require(random or counted, f"dataset.sampling=epochs: {rule}")
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        trainer, parallel = self.trainer, self.parallel
+        share, what = trainer.batch_size // trainer.grad_accum_steps, "trainer.batch_size"
+        what += " / trainer.grad_accum_steps"
+        require_divides("parallel.data", parallel.data, share, what)
+        if (number := trainer.num_devices) is None:
+            return
+        require_divides("parallel.tensor", parallel.tensor, number, "trainer.num_devices")
+        name = "trainer.num_devices"
+        if parallel.tensor > 1:
+            name += " / parallel.tensor"
+        require_divides(name, number // parallel.tensor, share, what)
+        product = f"parallel.data={parallel.data} x parallel.tensor={parallel.tensor}"
+        same = parallel.data is None or parallel.data * parallel.tensor == number
+        rule = f"{product} needs another number; leave one of them out"
+        require(same, f"trainer.num_devices={number}: {rule}")
+
+    @property
+    def num_devices(self) -> int | None:
+        """How many devices are asked for; None leaves it to the program."""
+        if self.parallel.data is not None:
+            return self.parallel.data * self.parallel.tensor
+        return self.trainer.num_devices
 
     @property
     def warmup_steps(self) -> int:

@@ -223,7 +223,7 @@ def newton_schulz(
         x = jnp.concatenate([wide[i] for i in places]).astype(dtype)
         if devices is not None:
             x = jnp.pad(x, ((0, -len(x) % len(devices)), (0, 0), (0, 0)))
-            x = devices.split(devices.replicate(x))
+            x = devices.spread(devices.replicate(x))
         for _ in range(steps):
             gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x

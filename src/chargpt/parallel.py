@@ -1,53 +1,134 @@
-"""Data parallelism: every device holds the complete model and takes a share of each batch."""
+"""Layouts: which device holds what of a run. The model's code knows nothing of it.
+
+One mesh of two axes. Batches are shared along `data`; heads and d_ff along `model` (tensor
+parallelism, arXiv 1909.08053). With fully sharded data parallelism (FSDP, arXiv 1910.02054, 2304.
+11277) parameters, moments and averages are shared along `data` as well, and gathered for a step's
+products. XLA's partitioner adds the communication. docs/scaling.md says how much.
+"""
 
 import contextlib
 import dataclasses
+import functools
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from chargpt.config import Config
+from chargpt.attention import abstract
+from chargpt.config import Config, require_divides
 from chargpt.errors import require
+from chargpt.model import Block, feed_forward_width
 
 Tree = TypeVar("Tree")
+AXES = ("data", "model")
 GPU_TOKENS = 4096  # of a batch, on each GPU: an estimate (docs/gpu.md)
+WHOLE = 1024  # elements: smaller arrays are not worth sharing out
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices of a run, along one axis named `batch`."""
+    """The devices of a run, and the part of its arrays that each of them holds."""
 
     mesh: Mesh
+    fsdp: bool = False
+    by_input: frozenset[str] = frozenset()  # paths in a block: projections cut by their input
+    whole: frozenset[str] = frozenset()  # and those that are not cut along `model`
     reason: str = ""  # why not all that there are
 
     def __len__(self) -> int:
         return self.mesh.size
 
     def __str__(self) -> str:
-        return f"{len(self)} x {self.mesh.devices.flat[0].device_kind}"
+        data, tensor = self.mesh.devices.shape
+        layout = f" (data {data} x tensor {tensor})" if tensor > 1 else ""
+        layout += " fsdp" if self.fsdp else ""
+        return f"{len(self)} x {self.mesh.devices.flat[0].device_kind}{layout}"
+
+    @property
+    def shares(self) -> int:
+        """How many parts a batch is cut into."""
+        return int(self.mesh.shape["data"])
 
     def split(self, tree: Tree, axis: int = 0) -> Tree:
         """Arrays whose `axis` is the batch, a part on each device; also in compiled code."""
-        spec = PartitionSpec(*[None] * axis, "batch")
-        return self._place(tree, NamedSharding(self.mesh, spec))
+        return self._put_all(tree, PartitionSpec(*[None] * axis, "data"))
+
+    def spread(self, tree: Tree) -> Tree:
+        """Arrays whose first axis is cut into as many parts as there are devices."""
+        return self._put_all(tree, PartitionSpec(AXES))
 
     def replicate(self, tree: Tree) -> Tree:
         """Arrays of which every device holds a copy."""
-        return self._place(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return self._put_all(tree, PartitionSpec())
 
-    @staticmethod
-    def first(tree: Tree) -> Tree:
-        """The first device's copy of replicated arrays, for work on a single device."""
-        arrays, rest = eqx.partition(tree, lambda leaf: isinstance(leaf, jax.Array))
-        return eqx.combine(jax.tree.map(lambda leaf: leaf.addressable_data(0), arrays), rest)
+    def place(self, state: Tree) -> Tree:
+        """The state of a run, or a part of it, where this layout keeps it between steps."""
+        return self._put_by_path(state, self.fsdp)
 
-    def _place(self, tree: Tree, sharding: NamedSharding) -> Tree:
-        arrays, rest = eqx.partition(tree, eqx.is_array)
-        return eqx.combine(jax.lax.with_sharding_constraint(arrays, sharding), rest)
+    def gather(self, model: Tree) -> Tree:
+        """Parameters as a step multiplies by them: complete, except for tensor parallelism.
+
+        Its gradient is the sum over devices, which `place` cuts into shares.
+        """
+        return self._put_by_path(model, False)
+
+    def first(self, tree: Tree) -> Tree:
+        """A complete copy on this process's first device, for work on a single device."""
+
+        def copy(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            whole = leaf if leaf.is_fully_replicated else self.replicate(leaf)
+            return whole.addressable_data(0)
+
+        return jax.tree.map(copy, tree)
+
+    def spec(self, path: str, shape: tuple[int, ...], fsdp: bool) -> PartitionSpec:
+        """How an array is cut, by its path in the model, which that in an optimizer ends with.
+
+        Along `model` a block's matrices [layer, out, in] are cut by rows of their output (heads,
+        d_ff), projections onto the residual stream by their input. Along `data` the longest axis
+        is cut that divides evenly.
+        """
+        axes: list[str | None] = [None] * len(shape)
+        data, tensor = self.mesh.shape["data"], self.mesh.shape["model"]
+        if tensor > 1 and len(shape) == 3 and not any(f".{name}." in path for name in self.whole):
+            cut = 2 if any(f".{name}." in path for name in self.by_input) else 1
+            axes[cut] = "model" if shape[cut] % tensor == 0 else None
+        if fsdp and data > 1 and np.prod(shape) >= WHOLE:
+            for axis in sorted(range(len(shape)), key=lambda axis: -shape[axis]):
+                if axes[axis] is None and shape[axis] % data == 0:
+                    axes[axis] = "data"
+                    break
+        return PartitionSpec(*axes)
+
+    def _put_all(self, tree: Tree, spec: PartitionSpec) -> Tree:
+        return jax.tree.map(functools.partial(self._put, spec=spec), tree)
+
+    def _put_by_path(self, tree: Tree, fsdp: bool) -> Tree:
+        def put(path: Any, leaf: Any) -> Any:
+            name = jax.tree_util.keystr(path)
+            return self._put(leaf, self.spec(name, np.shape(leaf), fsdp))
+
+        return jax.tree_util.tree_map_with_path(put, tree)
+
+    def _put(self, leaf: Any, spec: PartitionSpec) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
+        sharding = NamedSharding(self.mesh, spec)
+        if isinstance(leaf, jax.core.Tracer) or on_mesh(leaf):
+            return jax.lax.with_sharding_constraint(leaf, sharding)
+        # A copy: on a CPU, JAX would share memory with the array of NumPy
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part].copy())
+
+
+def on_mesh(leaf: Any) -> bool:
+    """Whether an array is placed already, perhaps on devices of other processes too."""
+    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
 
 
 def offer_cpu_devices() -> None:
@@ -64,23 +145,50 @@ def offer_cpu_devices() -> None:
 
 
 def choose_devices(config: Config) -> Devices:
-    """`trainer.num_devices` devices; by default as many as can share a batch evenly.
+    """The layout that `parallel` asks for; by default as many devices as can share a batch evenly.
 
     Of GPUs, as many as get GPU_TOKENS tokens of it each: with fewer, launching kernels takes longer
-    than running them.
+    than running them. Processes use all of their devices, since each must hold a part.
     """
-    available, trainer = jax.devices(), config.trainer
-    share = trainer.batch_size // trainer.grad_accum_steps
-    number, reason = trainer.num_devices, ""
+    available, parallel = jax.devices(), config.parallel
+    share = config.trainer.batch_size // config.trainer.grad_accum_steps
+    tensor, number, reason = parallel.tensor, config.num_devices, ""
+    found = f"there are {len(available)} ({available[0].platform})"
     if number is None:
-        most = len(available)
+        most = len(available) // tensor
+        require(most > 0, f"parallel.tensor={tensor}: {found}; write a smaller number")
         if available[0].platform == "gpu":
             most = max(1, min(most, share * config.dataset.seq_len // GPU_TOKENS))
-        number = max(count for count in range(1, most + 1) if share % count == 0)
+        if jax.process_count() > 1:
+            most = len(available) // tensor
+        data = max(count for count in range(1, most + 1) if share % count == 0)
+        number = data * tensor
         if number < len(available):
             reason = f"of {len(available)}"
-            reason += f", {GPU_TOKENS:,} tokens or more each" if most < len(available) else ""
-    found = f"there are {len(available)} ({available[0].platform})"
-    few = f"trainer.num_devices={number}: {found}; write that or fewer, or null"
+            limited = most < len(available) // tensor
+            reason += f", {GPU_TOKENS:,} tokens or more each" if limited else ""
+    name = "trainer.num_devices" if parallel.data is None else "parallel.data x parallel.tensor"
+    few = f"{name}={number}: {found}; write that or fewer, or null"
     require(number <= len(available), few)
-    return Devices(Mesh(np.array(available[:number]), ("batch",)), reason)
+    all_used = jax.process_count() == 1 or number == len(available)
+    rule = (
+        f"{jax.process_count()} processes use all of their {len(available)} devices, not {number}"
+    )
+    require(all_used, f"trainer.batch_size={config.trainer.batch_size}: {rule}; write a multiple")
+    mesh = np.array(available[:number]).reshape(-1, tensor)
+    block = abstract(Block, config.model)
+    by_input = frozenset(block.residual_projections())
+    whole = frozenset(f"attention.{path}" for path in block.attention.common)
+    return Devices(Mesh(mesh, AXES), parallel.fsdp, by_input, whole, reason)
+
+
+def check(config: Config) -> None:
+    """ConfigError if tensor parallelism cannot cut the model evenly."""
+    name, tensor, model = "parallel.tensor", config.parallel.tensor, config.model
+    if tensor == 1:
+        return
+    attention = abstract(Block, model).attention
+    kind = f"{model.mha_type.name} attention's"
+    for what, number in attention.head_counts.items():
+        require_divides(name, tensor, number, f"{kind} {what}")
+    require_divides(name, tensor, feed_forward_width(model), "the feed-forward layer's width")

@@ -113,11 +113,18 @@ def cross_entropy(
 
 
 def loss_fn(
-    model: GPT, inputs: Batch, targets: Batch, key: PRNGKeyArray | None, dtype: Any
+    model: GPT,
+    inputs: Batch,
+    targets: Batch,
+    key: PRNGKeyArray | None,
+    dtype: Any,
+    devices: Devices | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of a batch; `key` turns dropout on."""
-    logits = cast(model, dtype).batch(inputs, key=key)
-    return cross_entropy(logits, targets).mean()
+    model = cast(model, dtype)
+    if devices is not None:
+        model = devices.gather(model)
+    return cross_entropy(model.batch(inputs, key=key), targets).mean()
 
 
 def train_step(
@@ -125,12 +132,14 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step; batch and dropout follow from (seed, step), so resuming repeats them.
 
-    `devices` share the batch; everything else each of them computes alike. If the loss or the
-    gradient is not finite, parameters, moments and their count stay bit for bit as they were.
+    `devices` share the batch, and what else their layout says. If the loss or the gradient is not
+    finite, parameters, moments and their count stay bit for bit as they were.
     """
     batch_key, dropout_key = jax.random.split(random_key(inputs.seed, Stream.step, state.step))
     batch = draw_batch(inputs, batch_key, state.step, config)
     loss, grads = accumulate_gradients(state.model, *batch, dropout_key, config, devices)
+    if devices is not None:
+        grads = devices.place(grads)
     part_norms = gradient_norms(grads)
     grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in part_norms.values()))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -149,6 +158,8 @@ def train_step(
     skipped = state.skipped + jnp.where(finite, 0, 1)
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     new_state = TrainState(model, ema, opt_state, state.step + 1, in_a_row, skipped)
+    if devices is not None:
+        new_state = devices.place(new_state)
     schedule = make_schedule(config.optimizer.schedule, inputs.numbers)
     rate = jnp.asarray(schedule(count), jnp.float32)
     return new_state, StepMetrics(loss, grad_norm, part_norms, rate, skipped, in_a_row)
@@ -191,7 +202,8 @@ def accumulate_gradients(
 
     def gradient(inputs: Batch, targets: Batch, key: PRNGKeyArray) -> tuple[Array, PyTree]:
         dropout_key = key if config.model.dropout > 0 else None
-        return eqx.filter_value_and_grad(loss_fn)(model, inputs, targets, dropout_key, dtype)
+        values = inputs, targets, dropout_key, dtype, devices
+        return eqx.filter_value_and_grad(loss_fn)(model, *values)
 
     if parts == 1:
         if devices is not None:
@@ -244,4 +256,4 @@ def train_steps(
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
     state = eqx.combine(arrays, static)
-    return state if devices is None else devices.replicate(state), metrics
+    return state if devices is None else devices.place(state), metrics

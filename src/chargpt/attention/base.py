@@ -39,11 +39,14 @@ class AbstractAttention(eqx.Module):
     """
 
     d_model: eqx.AbstractVar[int]
+    num_heads: eqx.AbstractVar[int]
     # Which of the options in OPTIONAL the variant implements, and why it cannot implement others.
     accepts: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = {}
     # Paths of the projections whose output is added to the residual stream.
     residual: ClassVar[tuple[str, ...]] = ("o_proj",)
+    # Paths of the projections whose output is not divided among the heads, but read by all.
+    common: ClassVar[tuple[str, ...]] = ()
     # How paths begin in exported weights, if the field has names of its own for them.
     exported: ClassVar[Mapping[str, str]] = {}
 
@@ -75,6 +78,11 @@ class AbstractAttention(eqx.Module):
     def remark(self) -> str | None:
         """What a person should know about this configuration before training it."""
         return None
+
+    @property
+    def head_counts(self) -> dict[str, int]:
+        """{name: number} of the heads that tensor parallelism shares out."""
+        return {"heads": self.num_heads}
 
     @final
     def __call__(self, x: Float[Array, "t {self.d_model}"]) -> Stream:

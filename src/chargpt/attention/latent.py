@@ -36,6 +36,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         "qk_norm": "normalised keys cannot be absorbed into the query",
         "head_dim": "its heads have the widths model.mla.*_head_dim",
     }
+    common: ClassVar[tuple[str, ...]] = ("q_a_proj", "kv_a_proj")
     exported: ClassVar[dict[str, str]] = {
         "q_a_norm.": "q_a_layernorm.",
         "kv_a_proj.": "kv_a_proj_with_mqa.",

@@ -36,6 +36,7 @@ class EquinoxAttention(AbstractAttention):
     }
     mha: eqx.nn.MultiheadAttention
     d_model: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
     rope_theta: float | None = eqx.field(static=True)
 
     def __init__(
@@ -44,7 +45,7 @@ class EquinoxAttention(AbstractAttention):
         require_divides("model.num_heads", num_heads, d_model, "model.d_model")
         require_even("model.d_model / model.num_heads", d_model // num_heads, rope_theta)
         self.mha = eqx.nn.MultiheadAttention(num_heads, d_model, key=key)
-        self.d_model, self.rope_theta = d_model, rope_theta
+        self.d_model, self.num_heads, self.rope_theta = d_model, num_heads, rope_theta
 
     def project(self, x: Stream, positions: Positions) -> tuple[Queries, Stream]:
         return (x, positions), x
@@ -64,9 +65,9 @@ class EquinoxAttention(AbstractAttention):
 
     def attention_weights(self, x: Stream) -> base.Weights:
         """The same formula again: Equinox keeps its weights to itself."""
-        heads, positions = self.mha.num_heads, jnp.arange(x.shape[0])
-        queries = base.project_heads(x, self.mha.query_proj.weight, heads)
-        keys = base.project_heads(x, self.mha.key_proj.weight, heads)
+        positions = jnp.arange(x.shape[0])
+        queries = base.project_heads(x, self.mha.query_proj.weight, self.num_heads)
+        keys = base.project_heads(x, self.mha.key_proj.weight, self.num_heads)
         queries = apply_rope(queries, positions, self.rope_theta)
         keys = apply_rope(keys, positions, self.rope_theta)
         return kernel.causal_weights(queries, keys, scale=queries.shape[-1] ** -0.5)

@@ -25,13 +25,17 @@ MAX_LISTED = 20  # characters that a message names
 
 
 @eqx.filter_jit
-def score(model: GPT, batch: Any, dtype: Any) -> tuple[Array, Array]:
+def score(
+    model: GPT, batch: Any, dtype: Any, devices: Devices | None = None
+) -> tuple[Array, Array]:
     """Summed nats and number of correct predictions, [windows], of (inputs, targets, weights)."""
     inputs, targets, weights = batch
-    logits = cast(model, dtype).batch(inputs)
+    model = cast(model, dtype)
+    logits = (model if devices is None else devices.gather(model)).batch(inputs)
     losses = cross_entropy(logits, targets) * weights
     correct = (jnp.argmax(logits, axis=-1) == targets) * weights
-    return losses.sum(axis=-1), correct.sum(axis=-1)
+    sums = losses.sum(axis=-1), correct.sum(axis=-1)
+    return sums if devices is None else devices.replicate(sums)
 
 
 def eval_batch_size(windows: Windows) -> int:
@@ -49,15 +53,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss (nats per character), bits per character and accuracy over all windows, exactly."""
     count = len(windows.inputs)
-    batch_size += 0 if devices is None else -batch_size % len(devices)
+    batch_size += 0 if devices is None else -batch_size % devices.shares
     padding = ((0, -count % batch_size), (0, 0))
     split = [np.pad(rows, padding) for rows in (windows.inputs, windows.targets, windows.weights)]
     losses, correct = 0.0, 0.0
     for start in range(0, len(split[0]), batch_size):
         batch = tuple(rows[start : start + batch_size] for rows in split)
         if devices is not None:
-            batch = devices.split(jax.tree.map(jnp.asarray, batch))
-        sums = score(model, batch, compute_dtype(precision))
+            batch = devices.split(batch)
+        sums = score(model, batch, compute_dtype(precision), devices)
         losses += float(np.asarray(sums[0], np.float64).sum())
         correct += float(np.asarray(sums[1], np.float64).sum())
     loss, accuracy = losses / windows.num_targets, correct / windows.num_targets

@@ -1,7 +1,6 @@
 """A training run as computation: a state, compiled steps, and reports. Writes and shows nothing."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -11,7 +10,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-
 from chargpt.checkpoint import Header
 from chargpt.config import Config
 from chargpt.corpus import Corpus, make_windows
@@ -25,6 +23,7 @@ from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
 from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
 from chargpt.train import (
     Inputs,
+    Seed,
     StepMetrics,
     Stream,
     TrainState,
@@ -79,14 +78,15 @@ class Loop:
         self.config, self.corpus = config, corpus
         self.dtype = compute_dtype(config.trainer.precision)
         self.devices = choose_devices(config)
-        inputs, options = make_inputs(corpus.train, config), compiler_options(RUNS_ONCE)
+        self.inputs = self.devices.replicate(make_inputs(corpus.train, config))
+        options = compiler_options(RUNS_ONCE)
+        self.state: TrainState
         if restored is None:
-            make = functools.partial(init_state, config, len(corpus.tokenizer))
-            state, header = jitted(make, compiler_options=options)(inputs.seed), None
+            make = jitted(self._initial_state, compiler_options=options)
+            self.state, header = make(self.inputs.seed), None
         else:
             state, header = restored
-        self.state: TrainState = self.devices.replicate(state)
-        self.inputs = self.devices.replicate(inputs)
+            self.state = self.devices.place(state)
         self.step = header.step if header else 0
         self.best_val_loss = header.best_val_loss if header else None
         self.best_step = header.best_step if header else None
@@ -106,6 +106,10 @@ class Loop:
         self.kernel = ""  # that computes attention
         self.seconds_before = header.seconds if header else 0.0
         self.began = time.perf_counter()
+
+    def _initial_state(self, seed: Seed) -> TrainState:
+        """Made where the layout keeps it: no device ever holds all of a state that is shared out."""
+        return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
 
     def compile(self) -> None:
         """Compile a chunk of every length that the run needs."""
