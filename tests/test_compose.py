@@ -495,7 +495,8 @@ def test_a_resumed_run_stays_in_its_directory_and_keeps_the_files_of_its_beginni
     (tmp_path / "config.yaml").touch()
     assert compose.run_dir(str(tmp_path), "fresh") == str(tmp_path)
     assert compose.run_dir(None, "fresh") == "fresh"
-    assert (compose.hydra_files(str(tmp_path)), compose.hydra_files(None)) == (None, ".hydra")
+    assert compose.hydra_files(str(tmp_path), None) is None
+    assert compose.hydra_files(None, None) == ".hydra"
     with pytest.raises(ConfigError, match=r"^resume=/nowhere: is not a run directory"):
         compose.run_dir("/nowhere", "fresh")
 
@@ -511,3 +512,31 @@ def test_the_seed_and_options_that_are_not_incidental_belong_in_a_name():
     outside = ["mode=online", "resume=x", "wandb.tags=[a]", "dataset.filepath=x", "+model.x=1"]
     outside += ["launcher=joblib", "trainer.log_every=5", "experiment=debug", "~seed"]
     assert list(filter(compose.belongs_in_name, [*inside, *outside])) == inside
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (SLURM, ("SLURM", 3)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # before srun
+        (MPI, ("Open MPI", 1)),
+        (KUBERNETES, ("Kubernetes", 0)),
+        ({"JOB_COMPLETION_INDEX": "1"}, None),
+    ],
+)
+def test_which_launcher_has_started_several_processes(variables, expected, monkeypatch):
+    for name in SLURM | MPI | KUBERNETES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert compose.launched() == expected
+    first = expected is None or expected[1] == 0
+    assert compose.hydra_files(None, None) == (".hydra" if first else None)
+    assert compose.hydra_files(None, 1) == (".hydra" if expected and first else None)

@@ -121,7 +121,7 @@ def remove_neutral(plain: dict[str, Any]) -> None:
         *groups, last = name.split(".")
         group = plain
         for part in groups:
-            group = group[part]
+            group = group.get(part, {})
         group.pop(last, None)  # the run may be older than the option
 
 

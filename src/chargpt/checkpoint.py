@@ -25,6 +25,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from chargpt.config import Config, from_plain, to_plain
@@ -87,16 +88,32 @@ def _name(path: Any) -> str:
 
 def save(path: Path, state: TrainState, header: Header) -> None:
     """Write the checkpoint; on OSError the old file is still there, and nothing else is."""
+    write(path, dump(state, header))
+
+
+def dump(state: TrainState, header: Header | None) -> memoryview:
+    """The file without its digest, the same from any layout.
+
+    All processes that share a state must call this, since each has a part of every leaf; those that
+    do not write give no header and get nothing. No more than one leaf is gathered at a time.
+    """
     body = io.BytesIO()
-    body.write(header.to_json(describe_leaves(state)))
-    eqx.tree_serialise_leaves(body, jax.device_get(state), filter_spec=_write_leaf)
-    data = body.getbuffer()
+    if header is not None:
+        body.write(header.to_json(describe_leaves(state)))
+
+    for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array)):
+        if leaf.is_fully_replicated:
+            whole = leaf.addressable_data(0)
+        else:
+            whole = multihost_utils.process_allgather(leaf, tiled=True)
+        if header is not None:
+            np.save(body, np.asarray(whole), allow_pickle=False)
+    return body.getbuffer()
+
+
+def write(path: Path, data: memoryview) -> None:
+    """Write what `dump` returned, with its digest."""
     write_durably(path, data, hashlib.sha256(data).digest())
-
-
-def _write_leaf(file: io.BytesIO, leaf: Any) -> None:
-    if isinstance(leaf, np.ndarray | np.generic):
-        np.save(file, leaf, allow_pickle=False)
 
 
 def keep_as(path: Path, other: Path) -> None:

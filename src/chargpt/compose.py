@@ -7,6 +7,7 @@ of configs/default.yaml, also in a process that a launcher starts and that never
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,9 +125,28 @@ def run_dir(resume: str | None, fresh: str) -> str:
     return fresh if resume is None else resume
 
 
-def hydra_files(resume: str | None) -> str | None:
-    """Where Hydra writes its files: a resumed run keeps those of its start."""
-    return ".hydra" if resume is None else None
+def hydra_files(resume: str | None, process: int | None) -> str | None:
+    """Where Hydra writes its files: a resumed run keeps those of its start.
+
+    Of several processes the first one writes.
+    """
+    _, rank = launched() or (None, process or 0)
+    return ".hydra" if resume is None and rank == 0 else None
+
+
+def launched() -> tuple[str, int] | None:
+    """(launcher, number of this process) if one has started several that train together."""
+    several = {
+        "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    }
+    for name, (number, rank) in several.items():
+        if int(os.environ.get(number) or 1) > 1:
+            return name, int(os.environ[rank])
+    indexed = os.environ.get("JOB_COMPLETION_INDEX")
+    if indexed and "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "Kubernetes", int(indexed)
+    return None
 
 
 def run_name(base: Any) -> str:

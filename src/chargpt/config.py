@@ -337,6 +337,12 @@ class Config:
         rule = f"{product} needs another number; leave one of them out"
         require(same, f"trainer.num_devices={number}: {rule}")
 
+    def alone(self) -> "Config":
+        """Without what holds for one process only, as a run keeps it."""
+        fields = dataclasses.fields(DistributedConfig)
+        neutral = {field.name: field.metadata["option"].neutral for field in fields}
+        return dataclasses.replace(self, distributed=DistributedConfig(**neutral))
+
     @property
     def num_devices(self) -> int | None:
         """How many devices are asked for; None leaves it to the program."""

@@ -12,7 +12,6 @@ import functools
 import os
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -45,6 +44,8 @@ class Devices:
         data, tensor = self.mesh.devices.shape
         layout = f" (data {data} x tensor {tensor})" if tensor > 1 else ""
         layout += " fsdp" if self.fsdp else ""
+        processes = len({device.process_index for device in self.mesh.devices.flat})
+        layout += f" in {processes} processes" if processes > 1 else ""
         return f"{len(self)} x {self.mesh.devices.flat[0].device_kind}{layout}"
 
     @property

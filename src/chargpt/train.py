@@ -256,4 +256,6 @@ def train_steps(
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
     state = eqx.combine(arrays, static)
-    return state if devices is None else devices.place(state), metrics
+    return (
+        (state, metrics) if devices is None else (devices.place(state), devices.replicate(metrics))
+    )

@@ -150,7 +150,7 @@ def test_a_damaged_last_checkpoint_never_replaces_the_intact_one_before_it(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed)
+    monkeypatch.setattr(checkpoint, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         recorder._save("last")
     assert load_newest(run_dir, lambda _: None)[1].step == 20

@@ -21,8 +21,8 @@ COLUMNS = (  # of an evaluation: metric, title, width, format
 class RunConsole:
     """Prints to standard output: with a live bar on a terminal, otherwise plain lines."""
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(highlight=False, soft_wrap=False, quiet=quiet)
         columns = (
             BarColumn(bar_width=None),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
@@ -31,7 +31,7 @@ class RunConsole:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        plain = not self._console.is_terminal
+        plain = quiet or not self._console.is_terminal
         self._bar = Progress(
             *columns, console=self._console, transient=True, expand=True, disable=plain
         )

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+
 from chargpt.checkpoint import Header
 from chargpt.config import Config
 from chargpt.corpus import Corpus, make_windows
@@ -18,7 +19,7 @@ from chargpt.errors import RunFailed, require
 from chargpt.generate import generate
 from chargpt.model import GPT
 from chargpt.parallel import choose_devices
-from chargpt.run import cache
+from chargpt.run import cache, peers
 from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
 from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
 from chargpt.train import (
@@ -101,6 +102,7 @@ class Loop:
         self.final_val_loss: float | None = None
         self.sample = ""
         self.trained_tokens, self.trained_seconds, self.last_fetch = 0, 0.0, 0.0
+        self.stalls = peers.Stalls(config.parallel.stall_factor)
         self.compile_seconds, self.compile_cached = 0.0, False
         self.memory_bytes: int | None = None
         self.kernel = ""  # that computes attention
@@ -108,7 +110,7 @@ class Loop:
         self.began = time.perf_counter()
 
     def _initial_state(self, seed: Seed) -> TrainState:
-        """Made where the layout keeps it: no device ever holds all of a state that is shared out."""
+        """Made where the layout keeps it: no device holds all of a state that is shared out."""
         return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
 
     def compile(self) -> None:
@@ -157,16 +159,22 @@ class Loop:
         """
         trainer, pending = self.config.trainer, None
         for end in self._boundaries():
-            if stop():
+            with self.stalls.watch("agreement"):
+                stopped = stop()
+            if stopped:
                 break
-            self.state, metrics = self.compiled[end - self.step](self.inputs, self.state)
+            with self.stalls.watch("start of steps"):
+                self.state, metrics = self.compiled[end - self.step](self.inputs, self.state)
             chunk = (end, metrics, time.perf_counter())
             self.step = end
             if pending is not None:
                 yield Report(self._fetch(*pending))
             pending = chunk
             if end == trainer.num_steps or end % trainer.eval_every == 0:
-                yield self._evaluate(self._fetch(*pending))
+                line = self._fetch(*pending)
+                with self.stalls.watch("evaluation"):
+                    report = self._evaluate(line)
+                yield report
                 pending = None
             elif end % trainer.checkpoint_every == 0:
                 yield Report(self._fetch(*pending), saves=("last",))
@@ -179,10 +187,12 @@ class Loop:
 
         NotFinite after too many skipped steps.
         """
-        metrics = jax.tree.map(np.asarray, metrics)
+        with self.stalls.watch("end of steps"):
+            metrics = jax.tree.map(np.asarray, metrics)
         now = time.perf_counter()
         seconds = now - max(dispatched, self.last_fetch)
         self.last_fetch = now
+        self.stalls.least = min(seconds, self.stalls.least or seconds)
         per_step = self.config.trainer.batch_size * self.config.dataset.seq_len
         tokens = len(metrics.loss) * per_step
         self.trained_tokens += tokens

@@ -13,19 +13,41 @@ from chargpt.files import write_durably
 from chargpt.run.console import RunConsole
 from chargpt.run.curves import NAMES, draw_curves
 from chargpt.run.directory import log_metrics, read_metrics, record_sizes, write_config
-from chargpt.run.loop import Loop, Report
+from chargpt.run.loop import Loop, NotFinite, Report
 from chargpt.run.machine import device_name, numerics, package_versions
 from chargpt.run.tracking import WandbRun
 
 
-class Recorder:
+class Follower:
+    """In a process that writes nothing: its part of what the recorder's needs all processes for."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.unsaved: str | None = None  # why the newest checkpoint is not on disk
+
+    def take(self, report: Report) -> None:
+        for _ in report.saves:
+            checkpoint.dump(self.loop.state, None)
+
+    def say_compiled(self) -> None:
+        pass
+
+    def finish(self, exit_code: int, stopped: str | None) -> None:
+        if exit_code == 0:
+            self.loop.decode_speed()
+
+    def fail(self, error: BaseException) -> None:
+        pass
+
+
+class Recorder(Follower):
     """Writes and shows what `loop` reports. A full disk is reported and does not end the run."""
 
     def __init__(self, loop: Loop, run_dir: Path, console: RunConsole):
-        self.loop, self.run_dir, self.console = loop, run_dir, console
+        super().__init__(loop)
+        self.run_dir, self.console = run_dir, console
         self.config, self.versions = loop.config, package_versions()
         self.decode_speed: float | None = None
-        self.unsaved: str | None = None  # why the newest checkpoint is not on disk
         # What follows from the configuration and is worth comparing runs by.
         self.derived: dict[str, Any] = {
             "mha_type": self.config.model.mha_type.name,
@@ -69,10 +91,11 @@ class Recorder:
     def _save(self, name: str) -> None:
         """Write checkpoints/NAME.eqx; if the disk refuses, say so and keep the old one."""
         path = self.checkpoint_path(name)
+        data = checkpoint.dump(self.loop.state, self._header())
         try:
             if name == "last" and path.exists():
                 checkpoint.keep_as(path, self.checkpoint_path("previous"))
-            checkpoint.save(path, self.loop.state, self._header())
+            checkpoint.write(path, data)
             self.unsaved = None
         except OSError as error:
             self.unsaved = error.strerror
@@ -107,9 +130,10 @@ class Recorder:
         self.wandb.finish(summary, exit_code)
         self._show_end(summary, stopped)
 
-    def fail(self) -> None:
+    def fail(self, error: BaseException) -> None:
         """Hand over to W&B what there is of a run that an error ended."""
-        self.wandb.finish(self.summary(), exit_code=1)
+        summary = self.write_summary() if isinstance(error, NotFinite) else self.summary()
+        self.wandb.finish(summary, exit_code=1)
 
     def write_summary(self) -> dict[str, Any]:
         summary = self.summary()

@@ -10,6 +10,7 @@ from chargpt.config import Config, Schedule, options, settings_of
 from chargpt.corpus import Corpus
 from chargpt.errors import require
 from chargpt.parallel import choose_devices
+from chargpt.run import peers
 from chargpt.run.directory import read_config
 from chargpt.run.machine import numerics
 from chargpt.train import TrainState, compute_dtype
@@ -52,8 +53,9 @@ def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, 
             say(f"{error}; trying the one before it")
             damaged.append(path)
             continue
-        for other in damaged:  # out of the way: the next save must not keep it as the previous one
-            other.replace(other.with_suffix(".damaged"))
+        if peers.is_first():
+            for other in damaged:  # so that the next save does not keep it as the previous one
+                other.replace(other.with_suffix(".damaged"))
         return newest
     choice = "train again with another hydra.run.dir=DIR"
     require(not damaged, f"resume={run_dir}: none of its checkpoints is intact; {choice}")
@@ -66,7 +68,7 @@ def with_overrides(
     """A run's configuration with overrides, and what they change: {name: (old, new)}."""
     values = read_overrides(overrides)
     values.pop("resume", None)
-    new = change(old, values)
+    new = change(old, values).alone()
     before, after = settings_of(old), settings_of(new)
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     for name, (was, wanted) in changed.items():

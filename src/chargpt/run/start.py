@@ -1,19 +1,21 @@
 """Start a run or continue one: from a configuration to the best validation loss."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chargpt.config import Config
+from chargpt.compose import change, compose, read_overrides
+from chargpt.config import Config, DistributedConfig
 from chargpt.corpus import load_corpus
-from chargpt.errors import RunFailed, require
+from chargpt.errors import RunFailed, note, require
 from chargpt.parallel import offer_cpu_devices
-from chargpt.run import cache
+from chargpt.run import cache, peers
 from chargpt.run.console import RunConsole
-from chargpt.run.directory import cut_records
+from chargpt.run.directory import cut_records, read_config
 from chargpt.run.loop import Loop, NotFinite
 from chargpt.run.process import StopSignal, lock
-from chargpt.run.recorder import Recorder
+from chargpt.run.recorder import Follower, Recorder
 from chargpt.run.resume import check_corpus, restore
 
 # (step, validation loss) at every evaluation: whether to give the run up there.
@@ -21,33 +23,42 @@ Watch = Callable[[int, float], bool]
 ADVICE = "try a smaller optimizer.learning_rate"
 
 
+@dataclasses.dataclass
+class Process:
+    """This process, one of those that train in `run_dir`."""
+
+    run_dir: Path
+    console: RunConsole
+    stop: StopSignal
+    watch: Watch | None
+
+
 def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
     """Train the model of `config`, leaving everything in `run_dir`; the best validation loss.
 
-    If a signal stops it, it saves and raises SystemExit with the usual code (128 + signal).
+    If a signal stops it, it saves and raises SystemExit with the usual code (128 + signal). Several
+    processes train in the directory of the first. What started them may start them again with the
+    same command: they then continue the run that is there.
     """
-    with _process(run_dir) as (console, stop):
-        new = not (run_dir / "metrics.jsonl").exists()
-        require(new, f"{run_dir}: already holds a run; write resume={run_dir} or hydra.run.dir=DIR")
-        loop = Loop(config, load_corpus(config.dataset))
-        return _drive(loop, run_dir, console, stop, watch)
+    with _process(run_dir, config.distributed, watch) as process:
+        config, run_dir = config.alone(), process.run_dir
+        if peers.count() > 1 and peers.shared((run_dir / "config.yaml").exists())[0]:
+            return _continue(process, [], config)
+        with peers.together():
+            choice = f"write resume={run_dir} or hydra.run.dir=DIR"
+            new = not (run_dir / "metrics.jsonl").exists()
+            require(new, f"{run_dir}: already holds a run; {choice}")
+            corpus = load_corpus(config.dataset)
+        peers.check_same(config, corpus.sha256, step=0)
+        return _drive(process, Loop(config, corpus))
 
 
 def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) -> float:
     """Continue the run in `run_dir`, changed only by `overrides`; otherwise like `train`."""
-    with _process(run_dir) as (console, stop):
-        config, restored = restore(run_dir, overrides, console.say)
-        corpus, sizes = load_corpus(config.dataset), {}
-        if restored is not None:
-            header = restored[1]
-            check_corpus(header, corpus)
-            if header.step >= config.trainer.num_steps and header.best_val_loss is not None:
-                choice = "write a larger trainer.num_steps to continue"
-                console.say(f"already complete at step {header.step}; {choice}")
-                return header.best_val_loss
-            sizes = header.record_sizes
-        cut_records(run_dir, sizes)
-        return _drive(Loop(config, corpus, restored), run_dir, console, stop, watch)
+    values = read_overrides(overrides)
+    own = {name: value for name, value in values.items() if name.startswith("distributed.")}
+    with _process(run_dir, change(compose(), own).distributed, watch) as process:
+        return _continue(process, overrides)
 
 
 def train_or_resume(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
@@ -57,27 +68,60 @@ def train_or_resume(config: Config, run_dir: Path, watch: Watch | None = None) -
     return train(config, run_dir, watch)
 
 
+def _continue(process: Process, overrides: Sequence[str], expected: Config | None = None) -> float:
+    """Continue the run in the directory, which must be of the configuration `expected`, if any."""
+    run_dir, console = process.run_dir, process.console
+    with peers.together():
+        old = read_config(run_dir / "config.yaml")
+        same = expected is None or dataclasses.replace(old, mode=expected.mode) == expected
+        problem = "holds a run of another configuration; write hydra.run.dir=DIR"
+        require(same, f"{run_dir}: {problem}")
+        config, restored = restore(run_dir, overrides, console.say)
+        corpus, sizes, header = load_corpus(config.dataset), {}, None
+        if restored is not None:
+            header = restored[1]
+            check_corpus(header, corpus)
+            sizes = header.record_sizes
+    peers.check_same(config, corpus.sha256, header.step if header else 0)
+    if header and header.step >= config.trainer.num_steps and header.best_val_loss is not None:
+        choice = "write a larger trainer.num_steps to continue"
+        console.say(f"already complete at step {header.step}; {choice}")
+        return header.best_val_loss
+    if peers.is_first():
+        cut_records(run_dir, sizes)
+    return _drive(process, Loop(config, corpus, restored))
+
+
 @contextlib.contextmanager
-def _process(run_dir: Path) -> Iterator[tuple[RunConsole, StopSignal]]:
-    """Console and stop signal of the only process that trains in `run_dir`."""
-    console = RunConsole()
+def _process(run_dir: Path, options: DistributedConfig, watch: Watch | None) -> Iterator[Process]:
+    """This process once it has met the others, if any; the first one alone holds `run_dir`."""
     offer_cpu_devices()
-    with lock(run_dir), cache.kept_executables(console.say), StopSignal() as stop:
-        yield console, stop
+    peers.join(options, note)
+    console, own = RunConsole(quiet=not peers.is_first()), run_dir
+    run_dir = Path(peers.shared(str(run_dir))[0])
+    if run_dir != own:
+        with contextlib.suppress(OSError):
+            own.rmdir()  # made by Hydra, and empty
+    with contextlib.ExitStack() as held:
+        with peers.together():
+            if peers.is_first():
+                held.enter_context(lock(run_dir))
+        held.enter_context(cache.kept_executables(console.say))
+        yield Process(run_dir, console, held.enter_context(StopSignal()), watch)
 
 
-def _drive(
-    loop: Loop, run_dir: Path, console: RunConsole, stop: StopSignal, watch: Watch | None
-) -> float:
+def _drive(process: Process, loop: Loop) -> float:
     """Run to the end, to a signal, or until `watch` gives up; the best validation loss."""
-    recorder = Recorder(loop, run_dir, console)
+    run_dir, console, stop, watch = process.run_dir, process.console, process.stop, process.watch
+    recorder = Recorder(loop, run_dir, console) if peers.is_first() else Follower(loop)
     num_steps, stopped = loop.config.trainer.num_steps, None
     try:
         loop.compile()
         recorder.say_compiled()
         with console.progress(num_steps, loop.step):
-            for report in loop.reports(stop.requested):
-                recorder.take(report)
+            for report in loop.reports(lambda: peers.asked_to_stop(stop)):
+                with loop.stalls.watch("report"):
+                    recorder.take(report)
                 loss = report.line.get("val/loss")
                 if watch and loss is not None and loop.step < num_steps and watch(loop.step, loss):
                     stopped = f"at step {loop.step}: others were better there"
@@ -87,13 +131,13 @@ def _drive(
             exit_code, stopped = 128 + stop.number, f"by a signal at step {loop.step}"
         recorder.finish(exit_code, stopped)
     except NotFinite as error:
-        recorder.write_summary()
-        recorder.fail()
-        last = recorder.checkpoint_path("last")
+        recorder.fail(error)
+        last = run_dir / "checkpoints" / "last.eqx"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
         raise RunFailed(f"{error}; {kept}; {ADVICE}") from None
-    except BaseException:
-        recorder.fail()
+    except BaseException as error:
+        recorder.fail(error)
+        peers.leave_if_alone(error, loop.step)
         raise
     if recorder.unsaved is not None:
         problem = f"the last checkpoint could not be written ({recorder.unsaved})"

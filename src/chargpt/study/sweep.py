@@ -19,7 +19,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from chargpt.compose import command, jobs, parse, quoted, task_overrides
+from chargpt.compose import command, jobs, launched, parse, quoted, task_overrides
 from chargpt.config import Config
 from chargpt.errors import ConfigError, RunFailed, fail, require
 from chargpt.run.directory import natural, read_run, runs_under
@@ -44,6 +44,9 @@ class SweepCallback(Callback):
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(folder)}")
         side_by_side = workers.launches_workers(config.hydra)
         try:
+            alone = launched() is None and config.distributed.coordinator is None
+            choice = "write launcher=slurm hydra.launcher.tasks_per_node=N, outside of srun"
+            require(alone, f"--multirun: starts in one process, which starts others; {choice}")
             if side_by_side:
                 workers.check(config.hydra.launcher)
             check_jobs(config)
@@ -85,13 +88,15 @@ def runners() -> tuple[Train, Resume]:
 
 def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> float:
     """Skip, resume or train a job; its best validation loss, infinity if it failed."""
-    wait_for_others(run_dir)
+    shared = launched() is not None  # by processes on a cluster, which train() lets decide together
+    if not shared:
+        wait_for_others(run_dir)
     (run_dir / FAILED).unlink(missing_ok=True)
     try:
-        if not (run_dir / "config.yaml").exists():
+        if shared or not (run_dir / "config.yaml").exists():
             return train(settings, run_dir)
         record = read_run(run_dir)
-        is_same = dataclasses.replace(record.config, mode=settings.mode) == settings
+        is_same = dataclasses.replace(record.config, mode=settings.mode) == settings.alone()
         problem = "holds a run of another configuration; write another hydra.sweep.dir=DIR"
         require(is_same, f"{run_dir}: {problem}")
         if not record.finished:
