@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from test_checkpoint import make_header
 
+from chargpt import checkpoint
 from chargpt.attention import abstract
 from chargpt.config import AttentionType, Config, OptimizerName
 from chargpt.corpus import make_windows
@@ -157,6 +159,26 @@ def test_weights_at_the_start_are_the_same_bits_in_every_layout(layout):
 
     for one, other in zip(start("parallel.data=1"), start(*layout), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+LAYOUTS = [["parallel.data=1"], DATA, FSDP, TENSOR, BOTH]
+
+
+@pytest.mark.parametrize("after", LAYOUTS)
+def test_a_checkpoint_is_the_same_file_from_any_layout_and_fits_into_any(after, tmp_path):
+    """Saved from the widest layout, with every kind of leaf; and saved again from another one."""
+    overrides = ["model.mha_type=selective", "optimizer.name=muon", "model.num_layers=2"]
+    overrides += ["optimizer.ema_decay=0.9", "trainer.grad_accum_steps=2"]
+    _, state, *_ = trained(*BOTH, *overrides)
+    path, config = tmp_path / "last.eqx", layout_config(*overrides)
+    header = make_header(config, vocabulary="abcdefghijk", step=STEPS)
+    checkpoint.save(path, state, header)
+    read = checkpoint.load(path, on_host=True)[0]
+    placed = choose_devices(layout_config(*after)).place(read)
+    for was, now in zip(arrays_of(state), arrays_of(placed), strict=True):
+        np.testing.assert_array_equal(np.asarray(was), np.asarray(now))
+    checkpoint.save(tmp_path / "again.eqx", placed, header)
+    assert (tmp_path / "again.eqx").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("layout", [DATA, BOTH])

@@ -36,6 +36,7 @@ from chargpt.train import TrainState, init_state
 FORMAT = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_REASON = 500  # characters
+MAX_LEAF_HEADER_BYTES = 1 << 17  # NumPy's own limit is half of it
 DIGEST_BYTES = 32
 
 
@@ -79,7 +80,7 @@ def describe_leaves(tree: PyTree) -> list[list[Any]]:
 
 
 def _has_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _name(path: Any) -> str:
@@ -102,11 +103,10 @@ def dump(state: TrainState, header: Header | None) -> memoryview:
         body.write(header.to_json(describe_leaves(state)))
 
     for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array)):
-        if leaf.is_fully_replicated:
-            whole = leaf.addressable_data(0)
-        else:
-            whole = multihost_utils.process_allgather(leaf, tiled=True)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         if header is not None:
+            whole = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
             np.save(body, np.asarray(whole), allow_pickle=False)
     return body.getbuffer()
 
@@ -149,12 +149,12 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    content, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     intact = len(data) > DIGEST_BYTES and hashlib.sha256(content).digest() == digest
     _check(intact, f"{path}: is damaged or incomplete (its SHA-256 does not match)")
-    end = max(0, content.find(b"\n", 0, MAX_HEADER_BYTES))
+    end = max(0, data.find(b"\n", 0, min(MAX_HEADER_BYTES, len(content))))
     with _refusing(f"{path}: is not a chargpt checkpoint: its first line is not a JSON header"):
-        fields = json.loads(content[:end])
+        fields = json.loads(data[:end])
         require(isinstance(fields, dict), "it is not an object")
     ours = fields.pop("format", None) == FORMAT
     _check(ours, f"{path}: is not of format {FORMAT}, which this version of chargpt reads")
@@ -165,11 +165,14 @@ def read_header(path: Path) -> tuple[Header, list[list[Any]], memoryview]:
         smallest = min(fields["record_sizes"].values(), default=0)
         require(smallest >= 0, "record_sizes: holds a negative size")
         header = Header(**fields | {"config": from_plain(fields["config"])})
-    return header, leaves, memoryview(content)[end + 1 :]
+    return header, leaves, content[end + 1 :]
 
 
-def load(path: Path) -> tuple[TrainState, Header]:
-    """(state, header); CheckpointError unless every leaf is exactly that of the header's model."""
+def load(path: Path, on_host: bool = False) -> tuple[TrainState, Header]:
+    """(state, header); CheckpointError unless every leaf is exactly that of the header's model.
+
+    With `on_host` the leaves are NumPy's, views of the file's bytes: no device holds one yet.
+    """
     header, leaves, body = read_header(path)
     with _refusing(f"{path}: its configuration makes no model"):
         vocab_size, seed = len(header.vocabulary), header.config.seed
@@ -180,30 +183,33 @@ def load(path: Path) -> tuple[TrainState, Header]:
         odd = next(wanted or found for wanted, found in rows if wanted != found)
         listed = " ".join(map(str, odd))
         raise CheckpointError(f"{path}: its leaves are not those of its configuration: {listed}")
-    file = io.BytesIO(body)
 
     def read(leaf_path: Any, leaf: Any) -> Any:
+        nonlocal body
+        if not _has_shape(leaf):
+            return leaf
         with _refusing(f"{path}: its leaf {_name(leaf_path)} cannot be read"):
-            return _read_leaf(file, leaf) if _has_shape(leaf) else leaf
+            array, body = _read_leaf(body, leaf)
+            return array if on_host else jnp.array(array)
 
     state = jax.tree_util.tree_map_with_path(read, skeleton)
-    rest = len(file.read())
-    _check(rest == 0, f"{path}: holds {rest:,} bytes after its last leaf")
+    _check(len(body) == 0, f"{path}: holds {len(body):,} bytes after its last leaf")
     step = int(state.step)
     _check(step == header.step, f"{path}: its header says step {header.step}, its leaves {step}")
     return state, header
 
 
-def _read_leaf(file: io.BytesIO, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array, its shape and dtype checked before its bytes are read."""
+def _read_leaf(data: memoryview, leaf: jax.ShapeDtypeStruct) -> tuple[np.ndarray, memoryview]:
+    """(array, what follows it), its shape and dtype checked before its bytes are looked at."""
+    file = io.BytesIO(data[:MAX_LEAF_HEADER_BYTES])
     version = np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if (version, fortran_order) != ((1, 0), False):
         raise ValueError("is not as numpy.save writes it")
     if (shape, dtype) != (leaf.shape, np.dtype(leaf.dtype)):
         raise ValueError(f"holds {dtype} {shape} instead of {leaf.dtype} {leaf.shape}")
-    data = file.read(dtype.itemsize * math.prod(shape))
-    return jnp.array(np.frombuffer(data, dtype).reshape(shape))
+    begin, end = file.tell(), file.tell() + dtype.itemsize * math.prod(shape)
+    return np.frombuffer(data[begin:end], dtype).reshape(shape), data[end:]
 
 
 def open_run(run: str | None, which: Which) -> tuple[Path, TrainState, Header]:

@@ -48,7 +48,7 @@ def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, 
     damaged = []
     for path in filter(Path.exists, paths):
         try:
-            newest = load(path)
+            newest = load(path, on_host=True)
         except CheckpointError as error:
             say(f"{error}; trying the one before it")
             damaged.append(path)
