@@ -27,7 +27,7 @@ import cuda
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
-from chargpt.parallel import AXES, Devices
+from chargpt.parallel import AXES, Devices, lay_out
 
 VOCABULARY, STEPS = 65, 2
 SIZES = [
@@ -59,6 +59,13 @@ dnn_version_info { major: 9 minor: 28 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    "data 8": (8, 1),
+    "data 8, fsdp": (8, 1, "parallel.fsdp=true"),
+    "data 4, tensor 2, fsdp": (4, 2, "parallel.fsdp=true"),
+    "data 8, fsdp, Muon": (8, 1, "parallel.fsdp=true", "optimizer.name=muon"),
+}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 BYTES |= {f"{sign}{bits}": bits // 8 for sign in "su" for bits in (8, 16, 32, 64)}
 NOTHING = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
@@ -153,19 +160,55 @@ def configs(arguments: list[str]) -> Iterator[tuple[str, Config]]:
         yield f"experiment={name}", compose((f"experiment={name}", *overrides))
 
 
+def gpus(data: int, tensor: int = 1) -> Mesh:
+    topology = f"1x1x{data * tensor}"
+    described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=topology)
+    return Mesh(np.array(described.devices).reshape(data, tensor), AXES)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """{kind: (number, bytes of the complete arrays)} of a training step."""
+    found = {kind: (0, 0) for kind in COLLECTIVES}
+    for instructions in parse(text).values():
+        for shape, operation, *_ in instructions.values():
+            kind = operation.removesuffix("-start")
+            if kind in found and not operation.endswith("-done"):
+                sizes = [BYTES[name] * math.prod(sides) for name, sides in arrays(shape)]
+                half = len(sizes) // 2
+                if kind == "all-reduce":
+                    total = sum(sizes)
+                else:  # a start has its operands, shares or wholes, and then its results
+                    total = sum(map(max, zip(sizes[:half], sizes[half:], strict=True)))
+                found[kind] = found[kind][0] + 1, found[kind][1] + total
+    return found
+
+
+def layouts() -> None:
+    """A table of what moves between 8 GPUs in a step."""
+    print(f"\n| 8 GPUs, standard | {' | '.join(f'{kind}, MB' for kind in COLLECTIVES)} |")
+    print((1 + len(COLLECTIVES)) * "|---" + "|")
+    for name, (data, tensor, *options) in LAYOUTS.items():
+        config = compose((*SIZES, f"parallel.data={data}", f"parallel.tensor={tensor}", *options))
+        devices = lay_out(config, gpus(data, tensor))
+        text = cuda.training(config, VOCABULARY, STEPS, devices).compile().as_text()
+        cells = [
+            f"{n} of {total / 1e6:,.1f}" if n else "-" for n, total in collectives(text).values()
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main(arguments: list[str]) -> None:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices[:1]).reshape(1, 1), AXES)
+    mesh = gpus(1)
     place = NamedSharding(mesh, PartitionSpec())
-    print(f"compiled for {topology.devices[0].device_kind} by jax {jax.__version__}; not run\n")
+    print(f"compiled for {mesh.devices.flat[0].device_kind} by jax {jax.__version__}; not run\n")
     print(
         "| program | kernels a step or token | temporary memory, MB | traffic, MB | at least, ms |"
     )
     print(5 * "|---" + "|")
     for name, config in configs(arguments):
         lowered = {
-            "training step": cuda.training(config, VOCABULARY, STEPS, Devices(mesh), place),
-            "sampler": cuda.sampler(config, VOCABULARY, place),
+            "training step": cuda.training(config, VOCABULARY, STEPS, Devices(mesh)),
+            "sampler": cuda.sampler(config, VOCABULARY, lambda *_: place),
         }
         for program, computation in lowered.items():
             compiled = computation.compile()
@@ -173,7 +216,9 @@ def main(arguments: list[str]) -> None:
             kernels, moved, seconds = count(compiled.as_text())
             numbers = f"{memory / 1e6:,.0f} | {moved / 1e6:,.0f} | {1e3 * seconds:.2f}"
             print(f"| {name}, {program} | {kernels} | {numbers} |", flush=True)
-        cuda.evaluation(config, VOCABULARY, place).compile()
+        cuda.evaluation(config, VOCABULARY, lambda *_: place).compile()
+    if not arguments:
+        layouts()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chargpt import generate
 from chargpt.attention import kernel
@@ -54,12 +55,15 @@ def lower(
 ) -> Any:
     """`function` of shapes and static values, lowered for CUDA.
 
-    `place`, a sharding, is that of every array.
+    `place(path, leaf)` is the sharding of an array.
     """
     arrays, static = eqx.partition(arguments, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     if place is not None:
-        arrays = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arrays
+        arrays = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=place(path, leaf)
+            ),
+            arrays,
         )
 
     def on_arrays(*arrays: Any) -> Any:
@@ -76,14 +80,9 @@ def shapes(function: Callable, *arguments: Any) -> Any:
 
 
 def training(
-    config: Config,
-    vocabulary: int,
-    steps: int,
-    devices: Devices | None = None,
-    place: Any = None,
-    on_gpu: bool = True,
+    config: Config, vocabulary: int, steps: int, devices: Devices | None = None, on_gpu: bool = True
 ) -> Any:
-    """A chunk of training steps."""
+    """A chunk of training steps, where `devices` keep the state if they are given."""
     state = shapes(init_state, config, vocabulary, 0)
     corpus = jax.ShapeDtypeStruct((CORPUS,), jnp.int32)
     inputs = shapes(lambda tokens: make_inputs(tokens, config), corpus)
@@ -91,9 +90,17 @@ def training(
         lambda state, inputs: train_steps(state, inputs, config, steps, devices),
         state,
         inputs,
-        place=place,
+        place=devices and (lambda path, leaf: placed(devices, path, leaf)),
         on_gpu=on_gpu,
     )
+
+
+def placed(devices: Devices, path: Any, leaf: Any) -> NamedSharding:
+    """The state by its layout; inputs, the second argument, everywhere."""
+    number, *inside = path
+    if number == jax.tree_util.SequenceKey(0):
+        return devices.sharding(inside, leaf)
+    return NamedSharding(devices.mesh, PartitionSpec())
 
 
 def gpu_dtype(config: Config) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_config, small_config
 from jax._src import cache_key
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from chargpt.attention import kernel
 from chargpt.config import AttentionType, Config, OptimizerName
@@ -204,19 +204,16 @@ def test_the_benchmark_for_a_gpu_trains_recipes_that_exist(rehearse):
         make_config(*(name for name in overrides if not name.startswith("hydra.")))
 
 
-def two_devices() -> tuple[Devices, NamedSharding]:
-    devices = Devices(Mesh(np.array(jax.devices()[:2]).reshape(2, 1), AXES))
-    return devices, NamedSharding(devices.mesh, PartitionSpec())
+def two_devices() -> Devices:
+    return Devices(Mesh(np.array(jax.devices()[:2]).reshape(2, 1), AXES))
 
 
 @pytest.mark.parametrize("optimizer", list(OptimizerName))
 def test_two_devices_sum_gradients_and_move_no_layers_about(optimizer):
     """Three layers, which two devices do not share evenly."""
     overrides = ["trainer.num_devices=2", "model.num_layers=3", f"optimizer.name={optimizer.name}"]
-    devices, everywhere = two_devices()
-    lowered = cuda.training(
-        small_config(*overrides), VOCABULARY, STEPS, devices, everywhere, on_gpu=False
-    )
+    config = small_config(*overrides)
+    lowered = cuda.training(config, VOCABULARY, STEPS, two_devices(), on_gpu=False)
     text = lowered.compile().as_text()
     moves = re.findall(r" (all-to-all|collective-permute|all-gather|all-reduce)\(", text)
     assert {"all-to-all", "collective-permute"}.isdisjoint(moves) and "all-reduce" in moves
@@ -231,7 +228,7 @@ def test_the_cache_key_of_a_step_on_two_gpus_leaves_out_an_address():
     """
     config = config_of(AttentionType.standard, "trainer.num_devices=2", "model.num_layers=1")
     modules = [
-        cuda.training(config, VOCABULARY, STEPS, two_devices()[0]).compiler_ir("stablehlo")
+        cuda.training(config, VOCABULARY, STEPS, two_devices()).compiler_ir("stablehlo")
         for _ in range(2)
     ]
     assert "CustomSPMDPartitioning" in str(modules[0])

@@ -12,9 +12,11 @@ import functools
 import os
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from chargpt.attention import abstract
 from chargpt.config import Config, require_divides
@@ -31,7 +33,7 @@ WHOLE = 1024  # elements: smaller arrays are not worth sharing out
 class Devices:
     """The devices of a run, and the part of its arrays that each of them holds."""
 
-    mesh: Mesh
+    mesh: Any  # jax.sharding.Mesh; an AbstractMesh is enough to know what is held where
     fsdp: bool = False
     by_input: frozenset[str] = frozenset()  # paths in a block: projections cut by their input
     whole: frozenset[str] = frozenset()  # and those that are not cut along `model`
@@ -72,9 +74,23 @@ class Devices:
     def gather(self, model: Tree) -> Tree:
         """Parameters as a step multiplies by them: complete, except for tensor parallelism.
 
-        Its gradient is the sum over devices, which `place` cuts into shares.
+        Layer by layer, so that XLA can sum each layer's gradient into shares (reduce-scatter).
         """
-        return self._put_by_path(model, False)
+        if not self.fsdp:
+            return self._put_by_path(model, False)
+
+        def whole(path: Any, leaf: Any) -> Any:
+            if not eqx.is_inexact_array(leaf):
+                return leaf
+            name = jax.tree_util.keystr(path)
+            specs = [self.spec(name, leaf.shape, fsdp) for fsdp in (True, False)]
+            if leaf.ndim < 3:
+                return functools.reduce(self._put, specs, leaf)
+            specs = [PartitionSpec(*spec[1:]) for spec in specs]
+            # Shares of this precision first, or XLA would gather those of full precision
+            return jnp.stack([functools.reduce(self._put, specs, layer) for layer in leaf])
+
+        return jax.tree_util.tree_map_with_path(whole, model)
 
     def first(self, tree: Tree) -> Tree:
         """A complete copy on this process's first device, for work on a single device."""
@@ -86,6 +102,11 @@ class Devices:
             return whole.addressable_data(0)
 
         return jax.tree.map(copy, tree)
+
+    def sharding(self, path: Any, leaf: Any) -> NamedSharding:
+        """Where `place` puts an array, or the shape of one, by its path in a tree."""
+        spec = self.spec(jax.tree_util.keystr(path), leaf.shape, self.fsdp)
+        return NamedSharding(self.mesh, spec)
 
     def spec(self, path: str, shape: tuple[int, ...], fsdp: bool) -> PartitionSpec:
         """How an array is cut, by its path in the model, which that in an optimizer ends with.
@@ -176,11 +197,16 @@ def choose_devices(config: Config) -> Devices:
         f"{jax.process_count()} processes use all of their {len(available)} devices, not {number}"
     )
     require(all_used, f"trainer.batch_size={config.trainer.batch_size}: {rule}; write a multiple")
-    mesh = np.array(available[:number]).reshape(-1, tensor)
+    mesh = Mesh(np.array(available[:number]).reshape(-1, tensor), AXES)
+    return dataclasses.replace(lay_out(config, mesh), reason=reason)
+
+
+def lay_out(config: Config, mesh: Mesh | AbstractMesh) -> Devices:
+    """The layout of `config` on a mesh with AXES."""
     block = abstract(Block, config.model)
     by_input = frozenset(block.residual_projections())
     whole = frozenset(f"attention.{path}" for path in block.attention.common)
-    return Devices(Mesh(mesh, AXES), parallel.fsdp, by_input, whole, reason)
+    return Devices(mesh, config.parallel.fsdp, by_input, whole)
 
 
 def check(config: Config) -> None:
