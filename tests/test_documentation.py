@@ -61,6 +61,7 @@ NOT_RUN = {
     "wandb": "needs an account or a terminal; its subcommand is checked",
     "chargpt dashboard entity=": "needs an account; its options are checked",
     "python main.py experiment=compare": "18 runs; test_sweeping.py runs them",
+    "srun": "needs a cluster; what it starts is checked",
     "python main.py --multirun launcher=": "other processes; test_sweeping.py starts them",
 }
 FAST = ["trainer.log_every=4", "trainer.eval_tokens=64", "trainer.sample_chars=0", "mode=disabled"]
@@ -181,6 +182,8 @@ def follow(command: str, page: str) -> None:
             check_pip(what)
         case ["python", "-m", module, *_] | [("pre-commit" as module), *_]:
             assert importlib.util.find_spec(module.replace("-", "_")), command
+        case ["srun", *options] if "main.py" in options:
+            train(command, options[options.index("main.py") + 1 :], page)
         case ["python", "main.py", *overrides] | ["chargpt", "train", *overrides]:
             train(command, overrides, page)
         case ["chargpt", tool, *rest] if tool in cli.TOOLS:

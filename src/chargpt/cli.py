@@ -20,6 +20,7 @@ from chargpt.errors import ConfigError, RunFailed, fail, one_line, require
 from chargpt.study import sweep
 
 PATHS = "paths"  # the field that takes arguments without a name
+OVERRIDES = "overrides"  # the field that takes options of a run
 MAX_REASON = 400  # characters of somebody else's error
 
 
@@ -85,6 +86,7 @@ TOOLS = {
     "compare": ("study.compare", "CompareOptions", "compare"),
     "inspect": ("study.inspect", "InspectOptions", "inspect"),
     "dashboard": ("study.dashboard", "DashboardOptions", "dashboard"),
+    "plan": ("study.plan", "PlanOptions", "show_plan"),
     "search": ("study.search", "SearchOptions", "search"),
     "export": ("weights", "ExportOptions", "export_weights"),
     "import": ("weights", "ImportOptions", "import_weights"),
@@ -137,20 +139,29 @@ def option_defaults(schema: type) -> list[str]:
     shown = []
     for field in dataclasses.fields(schema):
         default = repr(field.default) if type(field.default) is str else spell(field.default)
-        shown.append("RUN …" if field.name == PATHS else f"{spelling(field)}={default}")
+        several = {PATHS: "RUN …", OVERRIDES: "KEY=VALUE …"}.get(field.name)
+        shown.append(several or f"{spelling(field)}={default}")
     return shown
 
 
 def parse_options(schema: type, arguments: list[str]) -> Any:
-    """Arguments as an instance of `schema`: `key=value` by the field's type, and any paths."""
+    """Arguments as an instance of `schema`: `key=value` by the field's type, and any others.
+
+    Others are paths, or options of a run, if the schema has a field for them.
+    """
     fields = {spelling(field): field for field in dataclasses.fields(schema)}
     takes_paths = fields.pop(PATHS, None) is not None
+    takes_overrides = fields.pop(OVERRIDES, None) is not None
     values: dict[str, Any] = {PATHS: ()} if takes_paths else {}
+    values |= {OVERRIDES: ()} if takes_overrides else {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if name in fields:
             require(equals != "", f"{name}: has no value; write {name}=…")
             values[fields[name].name] = parse_value(name, text, fields[name].type)
+            continue
+        if takes_overrides and equals:
+            values[OVERRIDES] += (argument,)
             continue
         # A run's name may contain an equals sign
         is_path = not equals or "/" in name or os.path.exists(argument) or glob.glob(argument)

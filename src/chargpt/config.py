@@ -271,6 +271,19 @@ class DistributedConfig(Group):
     initialization_timeout: int = incidental(300, least=1)
     heartbeat_timeout: int = incidental(100, least=1)
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "DistributedConfig":
+        """With the values of dotted names that are its own, and otherwise neutral."""
+        neutral = {
+            field.name: field.metadata["option"].neutral for field in dataclasses.fields(cls)
+        }
+        for name, value in values.items():
+            group, _, own = name.partition(".")
+            if group == "distributed" and own in neutral:
+                neutral[own] = value
+        options: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), neutral))
+        return options
+
     def __post_init__(self) -> None:
         super().__post_init__()
         three = {"coordinator": "HOST:PORT", "num_processes": "N", "process_id": "I"}
@@ -339,9 +352,7 @@ class Config:
 
     def alone(self) -> "Config":
         """Without what holds for one process only, as a run keeps it."""
-        fields = dataclasses.fields(DistributedConfig)
-        neutral = {field.name: field.metadata["option"].neutral for field in fields}
-        return dataclasses.replace(self, distributed=DistributedConfig(**neutral))
+        return dataclasses.replace(self, distributed=DistributedConfig.of({}))
 
     @property
     def num_devices(self) -> int | None:

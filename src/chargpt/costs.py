@@ -5,11 +5,16 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from chargpt.attention import is_shape
 from chargpt.model import GPT
 
 
 def count_parameters(model: GPT) -> dict[str, int]:
-    """Numbers of parameters by part; their sum is the model's."""
+    """Numbers of parameters by part, of a model or of its shapes; their sum is the model's."""
+
+    def is_parameter(leaf: Any) -> bool:
+        return eqx.is_inexact_array(leaf) or is_shape(leaf)
+
     layers, blocks = f"{model.num_layers} layers", model.stacked
     parts = {
         "token embedding": model.embedding,
@@ -20,7 +25,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
         "output head": model.head,
     }
     sizes = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(part, eqx.is_inexact_array)))
+        name: sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(part, is_parameter)))
         for name, part in parts.items()
     }
     return {name: size for name, size in sizes.items() if size}

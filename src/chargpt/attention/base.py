@@ -39,7 +39,6 @@ class AbstractAttention(eqx.Module):
     """
 
     d_model: eqx.AbstractVar[int]
-    num_heads: eqx.AbstractVar[int]
     # Which of the options in OPTIONAL the variant implements, and why it cannot implement others.
     accepts: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = {}
@@ -81,8 +80,8 @@ class AbstractAttention(eqx.Module):
 
     @property
     def head_counts(self) -> dict[str, int]:
-        """{name: number} of the heads that tensor parallelism shares out."""
-        return {"heads": self.num_heads}
+        """{name: number} of heads that must be cut evenly where tensor parallelism cuts them."""
+        return {}
 
     @final
     def __call__(self, x: Float[Array, "t {self.d_model}"]) -> Stream:

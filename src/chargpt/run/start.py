@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chargpt.compose import change, compose, read_overrides
+from chargpt.compose import read_overrides
 from chargpt.config import Config, DistributedConfig
 from chargpt.corpus import load_corpus
 from chargpt.errors import RunFailed, note, require
@@ -55,9 +55,8 @@ def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
 
 def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) -> float:
     """Continue the run in `run_dir`, changed only by `overrides`; otherwise like `train`."""
-    values = read_overrides(overrides)
-    own = {name: value for name, value in values.items() if name.startswith("distributed.")}
-    with _process(run_dir, change(compose(), own).distributed, watch) as process:
+    options = DistributedConfig.of(read_overrides(overrides))
+    with _process(run_dir, options, watch) as process:
         return _continue(process, overrides)
 
 
