@@ -1,8 +1,8 @@
 """Layouts: which device holds what of a run. The model's code knows nothing of it.
 
 One mesh of two axes. Batches are shared along `data`; heads and d_ff along `model` (tensor
-parallelism, arXiv 1909.08053). With fully sharded data parallelism (FSDP, arXiv 1910.02054, 2304.
-11277) parameters, moments and averages are shared along `data` as well, and gathered for a step's
+parallelism, arXiv 1909.08053). With FSDP (fully sharded data parallelism, arXiv 2304.11277)
+parameters, moments and averages are shared along `data` as well, and gathered for a step's
 products. XLA's partitioner adds the communication. docs/scaling.md says how much.
 """
 

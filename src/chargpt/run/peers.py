@@ -38,7 +38,7 @@ def join(options: DistributedConfig, say: Callable[[str], None]) -> None:
         return
     # Its handler of SIGTERM would take the place of ours, or ours that of its own
     jax.config.update("jax_enable_preemption_service", False)
-    by = f"at {options.coordinator}" if found is None else f"as {found[0]} has it"
+    by = f"at {options.coordinator}" if options.coordinator or not found else f"as {found[0]} says"
     number = f"{options.num_processes} processes" if options.num_processes else "the processes"
     timeout = options.initialization_timeout
     say(f"waiting until {number} have met, {by}, for at most {timeout} s")
@@ -137,8 +137,8 @@ GONE = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_
 def leave_if_alone(error: BaseException, step: int) -> None:
     """If `error` says that another process is gone, end this one too."""
     if count() > 1 and str(error).startswith(GONE):
-        problem = f"stopped at step {step}: another process is gone ({one_line(error)[:200]})"
-        leave(f"{problem}; {CONTINUE}")
+        reason = f"another process may be gone ({one_line(error)[:200]})"
+        leave(f"stopped at step {step}: {reason}; {CONTINUE}")
 
 
 @contextlib.contextmanager
