@@ -56,7 +56,7 @@ def main() -> None:
         compiled = cuda.training(config, VOCABULARY, 1, devices, on_gpu=False).compile()
         memory = compiled.memory_analysis()
         state = sum(found.held.get(part, 0) for part in ("parameters", "moments", "averages"))
-        tensor = int(devices.mesh.shape["model"])
+        tensor = devices.tensor
         # What a device sends, as the sizes of the arrays that it is a share of
         whole = 0.0
         for purpose, sent in found.sent.items():

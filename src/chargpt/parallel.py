@@ -55,6 +55,11 @@ class Devices:
         """How many parts a batch is cut into."""
         return int(self.mesh.shape["data"])
 
+    @property
+    def tensor(self) -> int:
+        """How many parts the heads and the feed-forward layer of a block are cut into."""
+        return int(self.mesh.shape["model"])
+
     def split(self, tree: Tree, axis: int = 0) -> Tree:
         """Arrays whose `axis` is the batch, a part on each device; also in compiled code."""
         return self._put_all(tree, PartitionSpec(*[None] * axis, "data"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from chargpt import checkpoint
 from chargpt.compose import command, quoted
-from chargpt.config import differences
+from chargpt.config import differences, spell
 from chargpt.files import write_durably
 from chargpt.run.console import RunConsole
 from chargpt.run.curves import NAMES, draw_curves
@@ -162,8 +162,10 @@ class Recorder(Follower):
 
     def _show_start(self) -> None:
         loop, model, corpus = self.loop, self.config.model, self.loop.corpus
-        changed = [f"{name}={value}" for name, value in differences(self.config).items()]
-        shared = f"batch shared by {len(loop.devices)} {loop.devices.reason}".rstrip()
+        changed = [f"{name}={spell(value)}" for name, value in differences(self.config).items()]
+        shared = f"batch shared by {loop.devices.shares} {loop.devices.reason}".rstrip()
+        shared += f", layers by {loop.devices.tensor}" if loop.devices.tensor > 1 else ""
+        shared += ", the state too" if loop.devices.fsdp else ""
         shared += f", {loop.dtype.name}"
         splits = f"{len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate"
         losses = [f"{NAMES[name]} {loss:.3f}" for name, loss in corpus.baselines.items()]

@@ -63,7 +63,7 @@ class Plan:
 
     def send_seconds(self, options: PlanOptions) -> float:
         """Tensor parallelism stays within a machine; other traffic leaves it if there are more."""
-        tensor = int(self.devices.mesh.shape["model"])
+        tensor = self.devices.tensor
         seconds = 0.0
         for purpose, size in self.sent.items():
             spans = tensor if purpose == ACTIVATIONS else len(self.devices)
