@@ -142,7 +142,7 @@ def launched() -> tuple[str, int] | None:
     }
     for name, (number, rank) in several.items():
         if int(os.environ.get(number) or 1) > 1:
-            return name, int(os.environ[rank])
+            return name, int(os.environ.get(rank) or 0)
     indexed = os.environ.get("JOB_COMPLETION_INDEX")
     if indexed and "KUBERNETES_SERVICE_HOST" in os.environ:
         return "Kubernetes", int(indexed)

@@ -24,12 +24,7 @@ def moved(text: str, kinds: str) -> int:
 
 @pytest.mark.parametrize(
     ("layout", "overrides"),
-    [
-        (DATA, ["model.mha_type=standard"]),
-        (FSDP, ["model.mha_type=standard"]),
-        (TENSOR, ["model.mha_type=mla", "optimizer.name=adamw"]),
-        (BOTH, MUON),
-    ],
+    [(DATA, ["model.mha_type=standard"]), (FSDP, ["model.mha_type=standard"]), (BOTH, MUON)],
 )
 def test_a_device_holds_the_state_that_was_planned(layout, overrides):
     *_, devices, _, arguments = trained(*layout, *overrides)
