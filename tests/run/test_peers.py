@@ -17,6 +17,7 @@ from programs import DEBUG, assert_same_run, metrics, start, wait_for_step
 
 from chargpt import checkpoint
 from chargpt.run.directory import read_config
+from chargpt.run.peers import CONTINUE
 from chargpt.run.start import train
 
 LAYOUT = ["parallel.fsdp=true", "model.dropout=0.1", "trainer.num_steps=160"]
@@ -172,10 +173,8 @@ def test_what_takes_much_longer_than_usual_ends_the_process_with_its_stack():
     assert (found.returncode, found.stdout) == (1, "stuck now\n")
     *stack, last = found.stderr.splitlines()
     assert 'File "<string>", line 14 in <module>' in "\n".join(stack)
-    assert last == (
-        "error: evaluation takes more than 0.5 s, 5 times the usual; "
-        "start all of them again, by the same command, to continue"
-    )
+    assert last.startswith("error: evaluation takes more than ")
+    assert last.endswith(f" s, 5 times the usual; {CONTINUE}")
 
 
 def test_a_sweep_is_not_started_by_several_processes(tmp_path: Path):
