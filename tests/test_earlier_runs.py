@@ -115,6 +115,12 @@ def test_it_can_be_resumed(run_dir: Path, capsys: pytest.CaptureFixture[str]) ->
     assert checkpoint.load(last_of(run_dir))[1].step == step + 4
 
 
+def test_a_damaged_config_yaml_does_not_matter_where_a_checkpoint_is_intact(run_dir: Path) -> None:
+    best = summary_of(run_dir)["best/val_loss"]
+    (run_dir / "config.yaml").write_text("{")
+    assert resume(run_dir, []) == pytest.approx(best)
+
+
 def remove_neutral(plain: dict[str, Any]) -> None:
     """Delete every setting that an even older version may lack."""
     for name in NEUTRAL:

@@ -71,10 +71,10 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
     """Continue the run in the directory, which must be of the configuration `expected`, if any."""
     run_dir, console = process.run_dir, process.console
     with peers.together():
-        old = read_config(run_dir / "config.yaml")
-        same = expected is None or dataclasses.replace(old, mode=expected.mode) == expected
-        problem = "holds a run of another configuration; write hydra.run.dir=DIR"
-        require(same, f"{run_dir}: {problem}")
+        if expected is not None:
+            old = dataclasses.replace(read_config(run_dir / "config.yaml"), mode=expected.mode)
+            problem = "holds a run of another configuration; write hydra.run.dir=DIR"
+            require(old == expected, f"{run_dir}: {problem}")
         config, restored = restore(run_dir, overrides, console.say)
         corpus, sizes, header = load_corpus(config.dataset), {}, None
         if restored is not None:
