@@ -9,9 +9,7 @@ that reads the stream by itself, where XLA for a GPU adds them first: 6 sums a l
 (make gpu-check).
 """
 
-import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -37,14 +35,6 @@ LAYOUTS: dict[str, list[str]] = {
 }
 
 
-def moved(text: str) -> float:
-    """Bytes that the collectives of a step gather or sum, of complete arrays."""
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf"= (\(.*?\)|\S+) (?:{kinds})(?:-start)?\(", text)
-    shapes = [shape for group in found for shape in re.findall(r"f32\[([\d,]*)\]", group)]
-    return sum(4.0 * math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
-
-
 def main() -> None:
     print(f"{NUMBER} devices; MB a device, formula / XLA")
     print("| layout | state | everything else | gathered and summed |")
@@ -68,7 +58,7 @@ def main() -> None:
         cells = (
             (state, memory.argument_size_in_bytes - 4 * cuda.CORPUS),
             (sum(found.held.values()) - state, memory.temp_size_in_bytes),
-            (whole, moved(compiled.as_text())),
+            (whole, sum(size for _, size in cuda.collectives(compiled.as_text()))),
         )
         print(
             f"| {name} | {' | '.join(f'{a / 1e6:,.2f} / {b / 1e6:,.2f}' for a, b in cells)} |",

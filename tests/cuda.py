@@ -4,6 +4,8 @@ Used by tests/test_gpu.py and benchmarks/gpu_check.py.
 """
 
 import contextlib
+import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -101,6 +103,20 @@ def placed(devices: Devices, path: Any, leaf: Any) -> NamedSharding:
     if number == jax.tree_util.SequenceKey(0):
         return devices.sharding(inside, leaf)
     return NamedSharding(devices.mesh, PartitionSpec())
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """(kind, bytes of the complete float32 arrays that it makes) of every one in compiled text."""
+    kinds = "all-to-all|collective-permute|all-gather|all-reduce|reduce-scatter"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
+    return [
+        (kind, sum(map(float32_bytes, re.findall(r"f32\[([\d,]*)\]", shapes))))
+        for shapes, kind in found
+    ]
+
+
+def float32_bytes(sides: str) -> int:
+    return 4 * math.prod(int(side) for side in sides.split(",") if side)
 
 
 def gpu_dtype(config: Config) -> Any:

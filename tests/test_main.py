@@ -141,13 +141,16 @@ def test_a_run_killed_twice_and_resumed_equals_one_that_was_not(
     assert_same_run(run_dir, reference)
 
 
-def test_a_signal_saves_summarises_and_exits_with_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_summarises_and_exits_with_its_code(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     process = start(*LONG, f"hydra.run.dir={run_dir}")
     wait_for_step(process, run_dir, 20)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT and err == ""
+    assert process.returncode == 128 + number and err == ""
     step = json.loads((run_dir / "summary.json").read_text())["final/step"]
     last = checkpoint.load(run_dir / "checkpoints" / "last.eqx")[1]
     assert last.step == step == metrics(run_dir)[-1]["trainer/step"]

@@ -101,7 +101,6 @@ def dump(state: TrainState, header: Header | None) -> memoryview:
     body = io.BytesIO()
     if header is not None:
         body.write(header.to_json(describe_leaves(state)))
-
     for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array)):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)

@@ -43,8 +43,7 @@ class Devices:
         return self.mesh.size
 
     def __str__(self) -> str:
-        data, tensor = self.mesh.devices.shape
-        layout = f" (data {data} x tensor {tensor})" if tensor > 1 else ""
+        layout = f" (data {self.shares} x tensor {self.tensor})" if self.tensor > 1 else ""
         layout += " fsdp" if self.fsdp else ""
         processes = len({device.process_index for device in self.mesh.devices.flat})
         layout += f" in {processes} processes" if processes > 1 else ""
@@ -121,7 +120,7 @@ class Devices:
         is cut that divides evenly.
         """
         axes: list[str | None] = [None] * len(shape)
-        data, tensor = self.mesh.shape["data"], self.mesh.shape["model"]
+        data, tensor = self.shares, self.tensor
         if tensor > 1 and len(shape) == 3 and not any(f".{name}." in path for name in self.whole):
             cut = 2 if any(f".{name}." in path for name in self.by_input) else 1
             axes[cut] = "model" if shape[cut] % tensor == 0 else None
@@ -184,10 +183,8 @@ def choose_devices(config: Config) -> Devices:
     if number is None:
         most = len(available) // tensor
         require(most > 0, f"parallel.tensor={tensor}: {found}; write a smaller number")
-        if available[0].platform == "gpu":
+        if available[0].platform == "gpu" and jax.process_count() == 1:
             most = max(1, min(most, share * config.dataset.seq_len // GPU_TOKENS))
-        if jax.process_count() > 1:
-            most = len(available) // tensor
         data = max(count for count in range(1, most + 1) if share % count == 0)
         number = data * tensor
         if number < len(available):
@@ -197,10 +194,9 @@ def choose_devices(config: Config) -> Devices:
     name = "trainer.num_devices" if parallel.data is None else "parallel.data x parallel.tensor"
     few = f"{name}={number}: {found}; write that or fewer, or null"
     require(number <= len(available), few)
-    all_used = jax.process_count() == 1 or number == len(available)
-    rule = (
-        f"{jax.process_count()} processes use all of their {len(available)} devices, not {number}"
-    )
+    processes = jax.process_count()
+    all_used = processes == 1 or number == len(available)
+    rule = f"{processes} processes use all of their {len(available)} devices, not {number}"
     require(all_used, f"trainer.batch_size={config.trainer.batch_size}: {rule}; write a multiple")
     mesh = Mesh(np.array(available[:number]).reshape(-1, tensor), AXES)
     return dataclasses.replace(lay_out(config, mesh), reason=reason)

@@ -256,6 +256,7 @@ def train_steps(
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
     state = eqx.combine(arrays, static)
-    return (
-        (state, metrics) if devices is None else (devices.place(state), devices.replicate(metrics))
-    )
+    if devices is None:
+        return state, metrics
+    # Again: XLA may cut the result of a loop more finely than what each round of it ends with
+    return devices.place(state), devices.replicate(metrics)

@@ -1,9 +1,9 @@
 """The formulas of `chargpt plan` against what XLA compiles, and its printed page."""
 
-import math
 import re
 
 import pytest
+from cuda import collectives
 from test_parallel import BOTH, DATA, FSDP, TENSOR, VOCAB, divides_heads, layout_config, trained
 
 from chargpt import cli
@@ -15,11 +15,9 @@ MUON = ["optimizer.name=muon", "model.num_layers=2", "optimizer.ema_decay=0.9"]
 MUON += ["model.mha_type=selective", "trainer.grad_accum_steps=2"]
 
 
-def moved(text: str, kinds: str) -> int:
-    """Bytes of the complete arrays that a step's collectives of these kinds make."""
-    found = re.findall(rf"= (\(.*?\)|\S+) (?:{kinds})(?:-start)?\(", text)
-    shapes = [shape for group in found for shape in re.findall(r"f32\[([\d,]*)\]", group)]
-    return sum(4 * math.prod(int(side) for side in shape.split(",") if side) for shape in shapes)
+def moved(text: str, wanted: str) -> int:
+    """Bytes of the complete arrays that a step's collectives of that kind make."""
+    return sum(size for kind, size in collectives(text) if kind == wanted)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ class AbstractAttention(eqx.Module):
     @property
     def head_counts(self) -> dict[str, int]:
         """{name: number} of heads that must be cut evenly where tensor parallelism cuts them."""
-        return {}
+        names = {"num_heads": "heads", "num_kv_heads": "key/value heads"}
+        return {names[field]: getattr(self, field) for field in names if hasattr(self, field)}
 
     @final
     def __call__(self, x: Float[Array, "t {self.d_model}"]) -> Stream:

@@ -86,9 +86,5 @@ class GroupedQueryAttention(AbstractAttention):
     def widths(self) -> tuple[int, int]:
         return self.num_heads * self.head_dim, self.num_heads * self.head_dim
 
-    @property
-    def head_counts(self) -> dict[str, int]:
-        return {"heads": self.num_heads, "key/value heads": self.num_kv_heads}
-
     def fused_projections(self) -> dict[str, Split]:
         return {}

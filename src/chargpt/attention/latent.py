@@ -154,10 +154,6 @@ class MultiHeadLatentAttention(AbstractAttention):
         score_width = self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
         return score_width, self.num_heads * self.v_head_dim
 
-    @property
-    def head_counts(self) -> dict[str, int]:
-        return {"heads": self.num_heads}
-
     def fused_projections(self) -> dict[str, Split]:
         def per_kind(weight: Float[Array, "out r"]) -> tuple[Float[Array, "_ r"], ...]:
             return tuple(half.reshape(-1, half.shape[-1]) for half in self.kv_b_halves(weight))

@@ -76,9 +76,5 @@ class EquinoxAttention(AbstractAttention):
     def widths(self) -> tuple[int, int]:
         return self.d_model, self.d_model
 
-    @property
-    def head_counts(self) -> dict[str, int]:
-        return {"heads": self.num_heads}
-
     def fused_projections(self) -> dict[str, Split]:
         return {}

@@ -120,9 +120,5 @@ class SelectiveAttention(AbstractAttention):
     def widths(self) -> tuple[int, int]:
         return self.d_model * (1 if self.rope_theta is None else 2), self.d_model
 
-    @property
-    def head_counts(self) -> dict[str, int]:
-        return {"heads": self.num_heads}
-
     def fused_projections(self) -> dict[str, Split]:
         return dict.fromkeys(("k_proj", "v_proj"), lambda w: tuple(jnp.split(w, 2, axis=1)))

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+import platform
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,11 @@ def device_name() -> str:
 @functools.cache  # every checkpoint asks
 def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter."""
+    return {"python": platform.python_version(), **package_versions()}
 
 
 def numerics(devices: Devices, dtype: Any) -> dict[str, str]:

@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import platform
 import statistics
 import sys
 import threading
@@ -24,7 +23,7 @@ from jax.experimental import multihost_utils
 from chargpt.compose import launched
 from chargpt.config import Config, DistributedConfig, settings_of
 from chargpt.errors import ConfigError, RunFailed, fail, one_line, require
-from chargpt.run.machine import package_versions
+from chargpt.run.machine import versions
 from chargpt.run.process import StopSignal
 
 
@@ -111,9 +110,8 @@ def check_same(config: Config, corpus_sha256: str, step: int) -> None:
     """ConfigError in every process if one of them would train something else."""
     if count() == 1:
         return
-    versions = {"python": platform.python_version(), **package_versions()}
     facts = {"text (sha256)": corpus_sha256, "step to start from": step}
-    for mine in (versions, settings_of(config) | facts):  # versions first: they may add settings
+    for mine in (versions(), settings_of(config) | facts):  # versions first: they may add settings
         first, *rest = shared(mine)
         for number, theirs in enumerate(rest, 1):
             for name in {**first, **theirs}:

@@ -1,7 +1,6 @@
 """What a run leaves behind, and what a person sees of it."""
 
 import json
-import platform
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from chargpt.run.console import RunConsole
 from chargpt.run.curves import NAMES, draw_curves
 from chargpt.run.directory import log_metrics, read_metrics, record_sizes, write_config
 from chargpt.run.loop import Loop, NotFinite, Report
-from chargpt.run.machine import device_name, numerics, package_versions
+from chargpt.run.machine import device_name, numerics, versions
 from chargpt.run.tracking import WandbRun
 
 
@@ -46,7 +45,7 @@ class Recorder(Follower):
     def __init__(self, loop: Loop, run_dir: Path, console: RunConsole):
         super().__init__(loop)
         self.run_dir, self.console = run_dir, console
-        self.config, self.versions = loop.config, package_versions()
+        self.config = loop.config
         self.decode_speed: float | None = None
         # What follows from the configuration and is worth comparing runs by.
         self.derived: dict[str, Any] = {
@@ -58,7 +57,7 @@ class Recorder(Follower):
             "num_devices": len(loop.devices),
             "dataset": self.config.dataset.name.name,
             "corpus_sha256": loop.corpus.sha256,
-            "versions": {"python": platform.python_version(), **self.versions},
+            "versions": versions(),
         }
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         write_config(run_dir, self.config)

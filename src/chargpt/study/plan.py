@@ -20,13 +20,20 @@ from chargpt.compose import compose
 from chargpt.config import Config, OptimizerName, Precision, require_at_least, require_between
 from chargpt.corpus import load_corpus
 from chargpt.costs import count_parameters, flops_per_token
-from chargpt.errors import require
+from chargpt.errors import ConfigError, require
 from chargpt.model import GPT
 from chargpt.parallel import AXES, Devices, lay_out
 from chargpt.train import cast, cross_entropy, init_state
 
 GB = 1e9
 TIMES_AS_MANY = 8  # devices, from one row of the table of scaling to the next
+ACTIVATIONS = "sums of activations"
+ADVICE = {"activations": "; trainer.grad_accum_steps=N computes a batch in N parts"}
+ADVICE |= {"gradients": "; parallel.tensor=N cuts every layer"}
+
+
+class TooManyParts(ConfigError):
+    """More devices than can share the sequences of a batch evenly."""
 
 
 @dataclasses.dataclass
@@ -72,11 +79,6 @@ class Plan:
         return seconds
 
 
-ACTIVATIONS = "sums of activations"
-ADVICE = {"activations": "; trainer.grad_accum_steps=N computes a batch in N parts"}
-ADVICE |= {"gradients": "; parallel.tensor=N cuts every layer"}
-
-
 def plan(config: Config, number: int, vocabulary: int) -> Plan:
     """What `config` needs of each of `number` devices; ConfigError if they cannot share it."""
     tensor, share = config.parallel.tensor, config.trainer.batch_size
@@ -86,7 +88,8 @@ def plan(config: Config, number: int, vocabulary: int) -> Plan:
     require(number % tensor == 0, f"devices={number}: {rule}")
     rule = f"{data} parts of a batch, of which there are {share} sequences"
     choice = "write a trainer.batch_size that it divides, or parallel.tensor"
-    require(share % data == 0, f"devices={number}: {rule}; {choice}")
+    if share % data:
+        raise TooManyParts(f"devices={number}: {rule}; {choice}")
     mesh = AbstractMesh((data, tensor), AXES)
     devices, dtype = lay_out(config, mesh), precision(config)
     state = eqx.filter_eval_shape(init_state, config, vocabulary, 0)
@@ -185,10 +188,10 @@ def show_plan(options: PlanOptions) -> None:
     config = compose(options.overrides)
     symbols = options.vocabulary or len(load_corpus(config.dataset).tokenizer)
     found = plan(config, options.devices, symbols)
-    console, layout = Console(highlight=False, soft_wrap=True), found.devices.mesh.shape
+    console = Console(highlight=False, soft_wrap=True)
     model = eqx.filter_eval_shape(init_state, config, symbols, 0).model
     total = sum(count_parameters(model).values())
-    shape = f"data {layout['data']} x tensor {layout['model']}"
+    shape = f"data {found.devices.shares} x tensor {found.devices.tensor}"
     shape += ", fully sharded" if config.parallel.fsdp else ""
     what = f"{config.model.mha_type.name} attention, {config.optimizer.name.name}"
     console.print(f"{total:,} parameters, {what}, {precision(config).name}")
@@ -241,8 +244,11 @@ def scaling(
     while number <= max(options.devices, 4096):
         try:
             found = plan(config, number, symbols)
-        except ValueError as error:
-            rows[number] = "more parts than sequences" if "sequences" in str(error) else str(error)
+        except TooManyParts:
+            rows[number] = "more parts than sequences"
+            break
+        except ConfigError as error:
+            rows[number] = str(error)
             break
         times = found.compute_seconds(options), found.send_seconds(options)
         rows[number] = sum(found.held.values()), *times
