@@ -87,7 +87,7 @@ def measure(name: str, tokens: int, width: int) -> tuple[float, float]:
     gradients = eqx.filter_jit(eqx.filter_grad(lambda both: jnp.sum(jnp.square(forward(*both)))))
     compiled = gradients.lower((layer, x)).compile()
     seconds = fastest(lambda: jax.block_until_ready(compiled((layer, x))), tokens)
-    return seconds, memory_bytes(compiled)
+    return seconds, memory_bytes(compiled.compiled)
 
 
 def measure_torch(tokens: int, width: int) -> tuple[float, float]:

@@ -64,7 +64,7 @@ class Arm:
         begin = time.perf_counter()
         self._steps = steps.lower(inputs, state).compile()
         self.compile_seconds = time.perf_counter() - begin
-        self.megabytes = len(devices) * memory_bytes(self._steps) / 1e6
+        self.megabytes = len(devices) * memory_bytes(self._steps.compiled) / 1e6
         self._inputs, self._state = inputs, state
 
     def __call__(self) -> None:

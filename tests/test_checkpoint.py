@@ -866,7 +866,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
-    """A recorder that can only save, with a loop that only holds the newest state in `run_dir`.
+    """A recorder that can only save, with a run that only holds the newest state in `run_dir`.
 
     Its messages go to `said`.
     """
@@ -874,15 +874,14 @@ def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
     restored = load_newest(run_dir, said.append)
     config = tiny_config() if restored is None else restored[1].config
     recorder = object.__new__(Recorder)
-    recorder.loop = SimpleNamespace(
+    recorder.run = SimpleNamespace(
         state=random_state(config) if restored is None else restored[0],
         step=0 if restored is None else restored[1].step,
         corpus=SimpleNamespace(tokenizer=SimpleNamespace(vocabulary=VOCABULARY), sha256="0f" * 32),
         seconds=time.perf_counter,
         best_val_loss=None,
         best_step=None,
-        devices="1 x cpu",
-        dtype=np.dtype(np.float32),
+        program=SimpleNamespace(devices="1 x cpu", dtype=np.dtype(np.float32)),
     )
     recorder.run_dir, recorder.config, recorder.versions = run_dir, config, {}
     recorder.console = SimpleNamespace(say=said.append)
@@ -892,14 +891,14 @@ def make_recorder(run_dir: Path, said: list[str]) -> Recorder:
 
 def note_saved(recorder: Recorder) -> None:
     with open(recorder.run_dir / "saved", "a") as file:
-        file.write(f"{recorder.loop.step}\n")
+        file.write(f"{recorder.run.step}\n")
 
 
 def save_next(recorder: Recorder, *names: str) -> None:
     """One more step, saved under `names`, and only then noted in the file `saved`."""
-    loop = recorder.loop
-    loop.step += 1
-    loop.state = at_step(loop.state, loop.step)
+    run = recorder.run
+    run.step += 1
+    run.state = at_step(run.state, run.step)
     for name in names:
         recorder._save(name)
     note_saved(recorder)
@@ -937,7 +936,7 @@ def assert_newest_is_intact(run_dir: Path) -> int:
 def child_save_forever(run_dir: str) -> None:
     recorder = make_recorder(Path(run_dir), [])
     while True:
-        save_next(recorder, *(("last", "best") if recorder.loop.step % 3 == 0 else ("last",)))
+        save_next(recorder, *(("last", "best") if recorder.run.step % 3 == 0 else ("last",)))
 
 
 def child_save_once(
@@ -1051,14 +1050,14 @@ def child_full_disk(run_dir: str, largest: int) -> None:
     """Try to save while no file may pass `largest` bytes, then save with room; report both."""
     said: list[str] = []
     recorder = make_recorder(Path(run_dir), said)
-    last, loop = recorder.checkpoint_path("last"), recorder.loop
+    last, run = recorder.checkpoint_path("last"), recorder.run
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = last.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     errors = []
     for _ in range(2):
         try:
-            checkpoint.save(last, at_step(loop.state, loop.step + 1), recorder._header())
+            checkpoint.save(last, at_step(run.state, run.step + 1), recorder._header())
         except OSError as error:
             errors.append(error.errno)
     unsaved = []

@@ -25,14 +25,17 @@ MAX_REASON = 400  # characters of somebody else's error
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="default")
-def job(settings: DictConfig) -> float:
+def job(settings: DictConfig) -> Any:
     """Train one model, as a run of its own or as a job of a sweep; its best validation loss.
 
     A run of its own that fails ends the program with one line. In a sweep the error is raised
-    instead: what is wrong with a job is wrong before any job has run.
+    instead: what is wrong with a job is wrong before any job has run. With launcher=vmap the result
+    is what to train.
     """
     try:
         if settings.resume is None and in_sweep():
+            if sweep.gathers():
+                return sweep.gather(typed(settings), run_directory())
             return sweep.run_job(typed(settings), run_directory(), *sweep.runners())
         config = parse(settings) if settings.resume is None else None
         from chargpt.run import start  # imports JAX, so a typo is answered before that

@@ -245,5 +245,7 @@ def explain_key(error: OmegaConfBaseException) -> str:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+vmap = {"_target_": "hydra_plugins.chargpt_launcher.PopulationLauncher", "members": None}
+ConfigStore.instance().store(group="hydra/launcher", name="vmap", node=vmap)
 for resolver in (slug, run_dir, run_name, run_group, sweep_dir, hydra_files):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -9,12 +9,12 @@ from chargpt.attention import is_shape
 from chargpt.model import GPT
 
 
+def is_parameter(leaf: Any) -> bool:
+    return eqx.is_inexact_array(leaf) or is_shape(leaf)
+
+
 def count_parameters(model: GPT) -> dict[str, int]:
     """Numbers of parameters by part, of a model or of its shapes; their sum is the model's."""
-
-    def is_parameter(leaf: Any) -> bool:
-        return eqx.is_inexact_array(leaf) or is_shape(leaf)
-
     layers, blocks = f"{model.num_layers} layers", model.stacked
     parts = {
         "token embedding": model.embedding,
@@ -32,10 +32,14 @@ def count_parameters(model: GPT) -> dict[str, int]:
 
 
 def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
-    """Bytes that one token leaves in the KV cache of all layers, at compute precision `dtype`."""
-    arrays = eqx.filter(model, eqx.is_inexact_array)
+    """Bytes that one token leaves in the KV cache of all layers, at compute precision `dtype`.
+
+    Of a model or of its shapes.
+    """
+    arrays = eqx.filter(model, is_parameter)
+    static = eqx.filter(model, is_parameter, inverse=True)
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), arrays)
-    cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, model).init_cache(1), narrow)
+    cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, static).init_cache(1), narrow)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

@@ -56,6 +56,8 @@ def generate(
 ) -> Iterator[Int[np.ndarray, "samples new"]]:
     """Continue `prompt` by `num_tokens` tokens, one sample per key, in pieces as they are drawn.
 
+    A model whose arrays have one more axis, the first, is several: each draws its key's sample.
+
     The cache holds `max_seq_len` tokens, the context that the model was trained on. When it is
     full, its last half is read again into an empty cache, at positions from 0, and the text
     continues from there: every token is predicted from at least the last max_seq_len // 2 tokens,
@@ -91,7 +93,14 @@ def generate(
 
 @eqx.filter_jit
 def _unstack(model: GPT) -> GPT:
-    return model.unstack()
+    if _models(model) is None:
+        return model.unstack()
+    return eqx.filter_vmap(lambda model: model.unstack())(model)
+
+
+def _models(model: GPT) -> Any:
+    """The axis of arrays that has several models; None if it is one."""
+    return eqx.if_array(0) if model.embedding.ndim == 3 else None
 
 
 @eqx.filter_jit
@@ -100,18 +109,22 @@ def _read(
 ) -> tuple[Int[Array, "samples 1"], PyTree]:
     """Read `context` into a fresh cache and draw token number `index` of every sample."""
 
-    def one_sample(context: Int[Array, " t"], key: PRNGKeyArray) -> tuple[Array, PyTree]:
+    def one_sample(
+        model: GPT, context: Int[Array, " t"], key: PRNGKeyArray
+    ) -> tuple[Array, PyTree]:
         logits, cache = model.decode(context, model.init_cache(max_seq_len), 0)
         return sample_token(logits[-1], jax.random.fold_in(key, index), *how)[None], cache
 
-    return jax.vmap(one_sample)(context, keys)
+    return eqx.filter_vmap(one_sample, in_axes=(_models(model), 0, 0))(model, context, keys)
 
 
 def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, PyTree]:
     """Draw `length` more tokens, number `index` first; the newest so far goes in at `position`."""
     model, token, keys, position, index, length, how = kept
 
-    def one_sample(cache: PyTree, token: Scalar, key: PRNGKeyArray) -> tuple[Array, PyTree]:
+    def one_sample(
+        model: GPT, cache: PyTree, token: Scalar, key: PRNGKeyArray
+    ) -> tuple[Array, PyTree]:
         def step(carry: tuple[Scalar, PyTree], i: Scalar) -> tuple[tuple[Scalar, PyTree], Scalar]:
             token, cache = carry
             logits, cache = model.decode(token[None], cache, position + i)
@@ -121,7 +134,8 @@ def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, PyTree]:
         (_, cache), tokens = jax.lax.scan(step, (token, cache), jnp.arange(length))
         return tokens, cache
 
-    return jax.vmap(one_sample)(cache, token, keys)
+    samples = eqx.filter_vmap(one_sample, in_axes=(_models(model), 0, 0, 0))
+    return samples(model, cache, token, keys)
 
 
 _advance: Any = eqx.filter_jit(_draw, donate="all-except-first")

@@ -222,7 +222,7 @@ def newton_schulz(
         ends = list(itertools.accumulate(len(wide[i]) for i in places))
         x = jnp.concatenate([wide[i] for i in places]).astype(dtype)
         if devices is not None:
-            x = jnp.pad(x, ((0, -len(x) % len(devices)), (0, 0), (0, 0)))
+            x = jnp.pad(x, ((0, -len(x) % (devices.shares * devices.tensor)), (0, 0), (0, 0)))
             x = devices.spread(devices.replicate(x))
         for _ in range(steps):
             gram = x @ x.mT

@@ -4,12 +4,16 @@ One mesh of two axes. Batches are shared along `data`; heads and d_ff along `mod
 parallelism, arXiv 1909.08053). With FSDP (fully sharded data parallelism, arXiv 2304.11277)
 parameters, moments and averages are shared along `data` as well, and gathered for a step's
 products. XLA's partitioner adds the communication. docs/scaling.md says how much.
+
+Runs that train as one program, the members of a population, have an axis of their own.
 """
 
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -25,6 +29,7 @@ from chargpt.model import Block, feed_forward_width
 
 Tree = TypeVar("Tree")
 AXES = ("data", "model")
+MEMBERS = "member"  # the axis, before AXES, that the members of a population are spread along
 GPU_TOKENS = 4096  # of a batch, on each GPU: an estimate (docs/gpu.md)
 WHOLE = 1024  # elements: smaller arrays are not worth sharing out
 
@@ -38,6 +43,7 @@ class Devices:
     by_input: frozenset[str] = frozenset()  # paths in a block: projections cut by their input
     whole: frozenset[str] = frozenset()  # and those that are not cut along `model`
     reason: str = ""  # why not all that there are
+    members: int | None = None  # runs that train at once; None: one, without an axis of members
 
     def __len__(self) -> int:
         return self.mesh.size
@@ -45,6 +51,7 @@ class Devices:
     def __str__(self) -> str:
         layout = f" (data {self.shares} x tensor {self.tensor})" if self.tensor > 1 else ""
         layout += " fsdp" if self.fsdp else ""
+        layout += f", {self.members} members" if self.members else ""
         processes = len({device.process_index for device in self.mesh.devices.flat})
         layout += f" in {processes} processes" if processes > 1 else ""
         return f"{len(self)} x {self.mesh.devices.flat[0].device_kind}{layout}"
@@ -55,16 +62,26 @@ class Devices:
         return int(self.mesh.shape["data"])
 
     @property
+    def apart(self) -> int:
+        """Over how many parts of the devices members are spread."""
+        return int(self.mesh.shape.get(MEMBERS, 1))
+
+    @property
     def tensor(self) -> int:
         """How many parts the heads and the feed-forward layer of a block are cut into."""
         return int(self.mesh.shape["model"])
+
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` for every member at once: the layout that it asks for holds for each."""
+        spread = MEMBERS if self.apart > 1 else None
+        return jax.vmap(function, spmd_axis_name=spread)
 
     def split(self, tree: Tree, axis: int = 0) -> Tree:
         """Arrays whose `axis` is the batch, a part on each device; also in compiled code."""
         return self._put_all(tree, PartitionSpec(*[None] * axis, "data"))
 
     def spread(self, tree: Tree) -> Tree:
-        """Arrays whose first axis is cut into as many parts as there are devices."""
+        """Arrays whose first axis is cut into as many parts as devices share a run."""
         return self._put_all(tree, PartitionSpec(AXES))
 
     def replicate(self, tree: Tree) -> Tree:
@@ -170,36 +187,48 @@ def offer_cpu_devices() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
-def choose_devices(config: Config) -> Devices:
+def choose_devices(config: Config, members: int | None = None) -> Devices:
     """The layout that `parallel` asks for; by default as many devices as can share a batch evenly.
 
     Of GPUs, as many as get GPU_TOKENS tokens of it each: with fewer, launching kernels takes longer
-    than running them. Processes use all of their devices, since each must hold a part.
+    than running them. Processes use all of their devices, since each must hold a part. `members` of
+    a population are spread over devices first; what is left over shares their batches.
     """
     available, parallel = jax.devices(), config.parallel
     share = config.trainer.batch_size // config.trainer.grad_accum_steps
     tensor, number, reason = parallel.tensor, config.num_devices, ""
     found = f"there are {len(available)} ({available[0].platform})"
-    if number is None:
-        most = len(available) // tensor
-        require(most > 0, f"parallel.tensor={tensor}: {found}; write a smaller number")
-        if available[0].platform == "gpu" and jax.process_count() == 1:
-            most = max(1, min(most, share * config.dataset.seq_len // GPU_TOKENS))
-        data = max(count for count in range(1, most + 1) if share % count == 0)
-        number = data * tensor
-        if number < len(available):
-            reason = f"of {len(available)}"
-            limited = most < len(available) // tensor
-            reason += f", {GPU_TOKENS:,} tokens or more each" if limited else ""
     name = "trainer.num_devices" if parallel.data is None else "parallel.data x parallel.tensor"
     few = f"{name}={number}: {found}; write that or fewer, or null"
-    require(number <= len(available), few)
+    require(number is None or number <= len(available), few)
+    chosen = len(available) if number is None or parallel.data else number
+    data, most, spread = parallel.data, chosen // tensor, 1
+    require(most > 0, f"parallel.tensor={tensor}: {found}; write a smaller number")
+    if members is not None:
+        spread = even(members, most // (data or 1))
+        most //= spread
+    if number is None and available[0].platform == "gpu" and jax.process_count() == 1:
+        most = max(1, min(most, share * config.dataset.seq_len // GPU_TOKENS))
+        reason = f", {GPU_TOKENS:,} tokens or more each"
+    if data is None:
+        data = max(count for count in range(1, most + 1) if share % count == 0)
+    used = spread * data * tensor
+    limited = most * spread < len(available) // tensor
+    fewer = number is None and used < chosen
+    reason = f"of {len(available)}{reason if limited else ''}" if fewer else ""
     processes = jax.process_count()
-    all_used = processes == 1 or number == len(available)
-    rule = f"{processes} processes use all of their {len(available)} devices, not {number}"
+    all_used = processes == 1 or used == len(available)
+    rule = f"{processes} processes use all of their {len(available)} devices, not {used}"
     require(all_used, f"trainer.batch_size={config.trainer.batch_size}: {rule}; write a multiple")
-    mesh = Mesh(np.array(available[:number]).reshape(-1, tensor), AXES)
-    return dataclasses.replace(lay_out(config, mesh), reason=reason)
+    shape = (data, tensor) if spread == 1 else (spread, data, tensor)
+    axes = AXES if spread == 1 else (MEMBERS, *AXES)
+    mesh = Mesh(np.array(available[:used]).reshape(shape), axes)
+    return dataclasses.replace(lay_out(config, mesh), reason=reason, members=members)
+
+
+def even(members: int, devices: int) -> int:
+    """Over how many of the devices the members can be spread evenly."""
+    return members if members < devices else math.gcd(members, devices)
 
 
 def lay_out(config: Config, mesh: Mesh | AbstractMesh) -> Devices:

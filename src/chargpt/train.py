@@ -44,10 +44,13 @@ class TrainState(eqx.Module):
 
 
 class Inputs(eqx.Module):
-    """What a compiled step takes as input: runs that differ only in these share the executable."""
+    """What a compiled step takes as input: runs that differ only in these share the executable.
+
+    Those of a population, with an axis of members in `seed` and `numbers`, can be one program.
+    """
 
     tokens: Int[Array, " corpus"]
-    seed: UInt32[Array, ""]
+    seed: UInt32[Array, "*members"]
     numbers: Hyperparameters
 
 
@@ -246,12 +249,19 @@ def train_steps(
     config: Config,
     num_steps: int,
     devices: Devices | None = None,
+    until: Int[Array, ""] | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps."""
+    """`num_steps` steps in one compiled computation; metrics carry a leading axis of steps.
+
+    A state that has reached step `until` stays as it is; the metrics of further steps mean nothing.
+    """
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(arrays: PyTree, _: None) -> tuple[PyTree, StepMetrics]:
-        new_state, metrics = train_step(eqx.combine(arrays, static), inputs, config, devices)
+        old_state = eqx.combine(arrays, static)
+        new_state, metrics = train_step(old_state, inputs, config, devices)
+        if until is not None:
+            new_state = keep_unless(old_state.step < until, new_state, old_state)
         return eqx.filter(new_state, eqx.is_array), metrics
 
     arrays, metrics = jax.lax.scan(body, arrays, length=num_steps)
@@ -260,3 +270,27 @@ def train_steps(
         return state, metrics
     # Again: XLA may cut the result of a loop more finely than what each round of it ends with
     return devices.place(state), devices.replicate(metrics)
+
+
+def train_population(
+    states: TrainState,
+    inputs: Inputs,
+    until: Int[Array, " members"],
+    config: Config,
+    num_steps: int,
+    devices: Devices,
+) -> tuple[TrainState, StepMetrics]:
+    """`train_steps` for every member of a population: arrays have a leading axis of members.
+
+    All read one text; each has its own seed, its own numbers, and its own step.
+    """
+    arrays, static = eqx.partition(states, eqx.is_array)
+
+    def member(arrays: PyTree, seed: Array, numbers: Any, until: Array) -> tuple[PyTree, PyTree]:
+        own = Inputs(inputs.tokens, seed, numbers)
+        state = eqx.combine(arrays, static)
+        state, metrics = train_steps(state, own, config, num_steps, devices, until)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    arrays, metrics = devices.vmap(member)(arrays, inputs.seed, inputs.numbers, until)
+    return eqx.combine(arrays, static), metrics

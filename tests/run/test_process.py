@@ -143,4 +143,4 @@ def test_a_signal_in_the_middle_of_a_save_waits_for_it(
     assert stop.number == signal.SIGTERM
     assert load_newest(tmp_path, print)[1].step == 2
     state, _ = checkpoint.load(tmp_path / "checkpoints" / "last.eqx")
-    assert_same_bits(state, recorder.loop.state)
+    assert_same_bits(state, recorder.run.state)

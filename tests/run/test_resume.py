@@ -350,6 +350,10 @@ def test_resuming_a_complete_run_says_so_and_changes_nothing(
     text_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ):
     run_dir, _ = text_run
+    assert resume(run_dir, []) == 1.25  # it was killed before it had written its summary
+    assert "already complete" not in capsys.readouterr().out
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["final/step"], summary["best/val_loss"]) == (100, 1.25)
     before = contents(run_dir)
     assert resume(run_dir, []) == 1.25
     assert "already complete at step 100" in capsys.readouterr().out

@@ -25,7 +25,7 @@ ATTENTION, FEED_FORWARD = (
     {f"grad_norm/{part}_{layer}" for layer in LAYERS} for part in ("attention", "feed_forward")
 )
 ENTROPY = {f"attention_entropy/layer_{layer}" for layer in LAYERS}
-# In the lines of metrics.jsonl, and in those that evaluate: Loop._fetch, Loop._evaluate
+# In the lines of metrics.jsonl, and in those that evaluate: Run.line, Loop._evaluate
 HISTORY = {"trainer/step", "trainer/tokens", "trainer/seconds", "trainer/skipped_steps"}
 HISTORY |= {"train/loss", "train/grad_norm", "optim/learning_rate"}
 HISTORY |= {"grad_norm/embedding", "grad_norm/head", *ATTENTION, *FEED_FORWARD, *ENTROPY}

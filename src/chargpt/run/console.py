@@ -16,6 +16,12 @@ COLUMNS = (  # of an evaluation: metric, title, width, format
     ("val/accuracy", "accuracy", 8, ".2%"),
     ("trainer/seconds", "seconds", 7, ".1f"),
 )
+HEADER = "   ".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
+
+
+def evaluation(metrics: Mapping[str, int | float]) -> str:
+    """A row under HEADER."""
+    return "   ".join(f"{metrics[name]:{width}{form}}" for name, _, width, form in COLUMNS)
 
 
 class RunConsole:
@@ -40,8 +46,10 @@ class RunConsole:
     def say(self, message: str, style: str = "") -> None:
         self._console.print(Text(message, style), soft_wrap=True)
 
-    def show_start(self, facts: dict[str, str], parameters: dict[str, int]) -> None:
-        """The facts of the run, a line each, and the parameter table, which adds up."""
+    def show_start(
+        self, facts: dict[str, str], parameters: dict[str, int], notes: list[str]
+    ) -> None:
+        """The facts of the run, a line each, the parameter table, which adds up, and notes."""
         self._show_facts(facts)
         numbers = (Column(name, justify="right") for name in ("number", "share"))
         names = Column("parameters", style="bold")
@@ -52,6 +60,8 @@ class RunConsole:
         table.add_row("total", f"{total:,}", "100.0%", style="bold")
         self._console.print(table)
         self._console.print()
+        for text in notes:
+            self.say(f"note: {text}")
 
     def _show_facts(self, facts: Mapping[str, str | None]) -> None:
         columns = Column(style="bold", no_wrap=True), Column(overflow="fold")
@@ -67,6 +77,7 @@ class RunConsole:
         self._task = self._bar.add_task("", total=num_steps, completed=completed, status="")
         with self._bar:
             yield
+        self._bar.remove_task(self._task)
 
     def show_step(self, metrics: dict[str, int | float], best: float | None) -> None:
         """The newest numbers: on the bar, or as a line."""
@@ -80,10 +91,9 @@ class RunConsole:
     def show_evaluation(self, metrics: dict[str, int | float], is_best: bool, sample: str) -> None:
         """A permanent row, and the beginning of what the model writes now, on one line."""
         if self._header_due:
-            self.say("   ".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS), "bold")
+            self.say(HEADER, "bold")
             self._header_due = False
-        cells = (f"{metrics[name]:{width}{form}}" for name, _, width, form in COLUMNS)
-        self.say("   ".join(cells) + ("  best" if is_best else ""))
+        self.say(evaluation(metrics) + ("  best" if is_best else ""))
         if sample:
             line = " / ".join(part for part in sample.split("\n") if part.strip())
             self.say("        " + line[: max(20, self._console.width - 10)], "dim")
@@ -102,3 +112,74 @@ class RunConsole:
             if command is not None:
                 self.say(f"# {purpose}", "dim")
                 self.say(command)
+
+
+class MemberConsole(RunConsole):
+    """What a person sees of one run of a population: a line when there is something to know.
+
+    All members share the bar of `population`.
+    """
+
+    def __init__(self, population: "PopulationConsole", name: str):
+        self._population, self._name = population, name
+
+    def begin(self, step: int) -> None:
+        """Its run is at `step`."""
+        self._population.steps[self._name] = step
+
+    def say(self, message: str, style: str = "") -> None:
+        self._population.say(f"{self._name}: {message}", style)
+
+    def show_start(
+        self, facts: dict[str, str], parameters: dict[str, int], notes: list[str]
+    ) -> None:
+        self._population.show_start(facts, parameters, notes)
+
+    def show_step(self, metrics: dict[str, int | float], best: float | None) -> None:
+        self._population.count(self._name, metrics)
+
+    def show_evaluation(self, metrics: dict[str, int | float], is_best: bool, sample: str) -> None:
+        self._population.show_row(self._name, metrics, is_best)
+
+    def show_end(
+        self, facts: dict[str, str | None], sample: str, commands: dict[str, str | None]
+    ) -> None:
+        if facts["stopped"]:
+            self.say(f"stopped {facts['stopped']}")
+
+
+class PopulationConsole(RunConsole):
+    """The facts that all members share; a row for each at evaluations, and one bar."""
+
+    def __init__(self, width: int):
+        """`width`: that of the members' names."""
+        super().__init__()
+        self._width, self._shown = width, False
+        self.steps: dict[str, int] = {}
+        self._speeds: dict[str, float] = {}
+
+    def show_start(
+        self, facts: dict[str, str], parameters: dict[str, int], notes: list[str]
+    ) -> None:
+        if not self._shown:
+            own = ("options", "writes to")
+            common = {name: fact for name, fact in facts.items() if name not in own}
+            super().show_start(common, parameters, notes)
+        self._shown = True
+
+    def count(self, name: str, metrics: dict[str, int | float]) -> None:
+        """Show on the bar that a member has come further."""
+        self.steps[name] = int(metrics["trainer/step"])
+        self._speeds[name] = metrics["throughput/tokens_per_second"]
+        status = f"{sum(self._speeds.values()):,.0f} tok/s"
+        self._bar.update(self._task, completed=sum(self.steps.values()), status=status)
+
+    def forget(self, name: str) -> None:
+        """A member has left: its speed counts no more."""
+        self._speeds.pop(name, None)
+
+    def show_row(self, name: str, metrics: dict[str, int | float], is_best: bool) -> None:
+        if self._header_due:
+            self.say(f"{'member':<{self._width}}  {HEADER}", "bold")
+            self._header_due = False
+        self.say(f"{name:<{self._width}}  {evaluation(metrics)}{'  best' if is_best else ''}")

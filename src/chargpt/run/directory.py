@@ -153,11 +153,7 @@ def natural(text: str) -> list[tuple[int, str]]:
 
 def read_run(path: Path) -> Record:
     """A run; ConfigError if a file is not what a run writes, but a damaged summary is empty."""
-    config = read_config(path / "config.yaml")
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        summary = {}
+    config, summary = read_config(path / "config.yaml"), read_summary(path)
     try:
         metrics = read_metrics(path / "metrics.jsonl")
     except (ValueError, RecursionError) as error:
@@ -168,6 +164,14 @@ def read_run(path: Path) -> Record:
     text = samples.read_text(encoding="utf-8", errors="replace") if samples.is_file() else ""
     newest = text.rpartition("=== step ")[2]
     return Record(path, config, summary, metrics, newest.partition("\n")[2].strip())
+
+
+def read_summary(run_dir: Path) -> Any:
+    """summary.json; empty if there is none, or it is damaged."""
+    try:
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def read_config(path: Path) -> Config:

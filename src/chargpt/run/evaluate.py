@@ -28,14 +28,23 @@ MAX_LISTED = 20  # characters that a message names
 def score(
     model: GPT, batch: Any, dtype: Any, devices: Devices | None = None
 ) -> tuple[Array, Array]:
-    """Summed nats and number of correct predictions, [windows], of (inputs, targets, weights)."""
+    """Summed nats and number of correct predictions, [windows], of (inputs, targets, weights).
+
+    Of a population, [members, windows].
+    """
     inputs, targets, weights = batch
-    model = cast(model, dtype)
-    logits = (model if devices is None else devices.gather(model)).batch(inputs)
-    losses = cross_entropy(logits, targets) * weights
-    correct = (jnp.argmax(logits, axis=-1) == targets) * weights
-    sums = losses.sum(axis=-1), correct.sum(axis=-1)
-    return sums if devices is None else devices.replicate(sums)
+    arrays, static = eqx.partition(cast(model, dtype), eqx.is_array)
+
+    def sums(arrays: Any) -> tuple[Array, Array]:
+        model = eqx.combine(arrays, static)
+        logits = (model if devices is None else devices.gather(model)).batch(inputs)
+        losses = cross_entropy(logits, targets) * weights
+        correct = (jnp.argmax(logits, axis=-1) == targets) * weights
+        return losses.sum(axis=-1), correct.sum(axis=-1)
+
+    if devices is None:
+        return sums(arrays)
+    return devices.replicate(devices.vmap(sums)(arrays) if devices.members else sums(arrays))
 
 
 def eval_batch_size(windows: Windows) -> int:
@@ -50,22 +59,27 @@ def evaluate(
     batch_size: int,
     precision: Precision | None,
     devices: Devices | None = None,
-) -> dict[str, float]:
-    """Loss (nats per character), bits per character and accuracy over all windows, exactly."""
+) -> dict[str, Any]:
+    """Loss (nats per character), bits per character and accuracy over all windows, exactly.
+
+    Numbers, or of a population arrays [members].
+    """
     count = len(windows.inputs)
+    members = devices.members if devices is not None else None
+    batch_size = max(1, batch_size // (members or 1))
     batch_size += 0 if devices is None else -batch_size % devices.shares
     padding = ((0, -count % batch_size), (0, 0))
     split = [np.pad(rows, padding) for rows in (windows.inputs, windows.targets, windows.weights)]
-    losses, correct = 0.0, 0.0
+    losses, correct = np.zeros(members or ()), np.zeros(members or ())
     for start in range(0, len(split[0]), batch_size):
         batch = tuple(rows[start : start + batch_size] for rows in split)
         if devices is not None:
             batch = devices.split(batch)
         sums = score(model, batch, compute_dtype(precision), devices)
-        losses += float(np.asarray(sums[0], np.float64).sum())
-        correct += float(np.asarray(sums[1], np.float64).sum())
+        losses += np.asarray(sums[0], np.float64).sum(axis=-1)
+        correct += np.asarray(sums[1], np.float64).sum(axis=-1)
     loss, accuracy = losses / windows.num_targets, correct / windows.num_targets
-    return {"val/loss": loss, "val/accuracy": accuracy, "val/bpc": loss / float(np.log(2))}
+    return {"val/loss": loss, "val/accuracy": accuracy, "val/bpc": loss / np.log(2)}
 
 
 def attention_entropy(

@@ -1,55 +1,25 @@
-"""A training run as computation: a state, compiled steps, and reports. Writes and shows nothing."""
+"""Training as computation: runs side by side, and what is known of each. Writes and shows nothing.
+
+A run alone is the usual case: one lane. Of a population, each run has a lane of its own.
+"""
 
 import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 
 from chargpt.checkpoint import Header
 from chargpt.config import Config
-from chargpt.corpus import Corpus, make_windows
-from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
-from chargpt.errors import RunFailed, require
-from chargpt.generate import generate
-from chargpt.model import GPT
-from chargpt.parallel import choose_devices
-from chargpt.run import cache, peers
-from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
-from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
-from chargpt.train import (
-    Inputs,
-    Seed,
-    StepMetrics,
-    Stream,
-    TrainState,
-    cast,
-    compute_dtype,
-    init_state,
-    make_inputs,
-    random_key,
-    train_steps,
-)
-
-SAMPLE_TEMPERATURE = 0.8
-ENTROPY_WINDOWS = 8  # of the validation split
-# For computations that take longer to optimise than to run.
-RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-# The first or the second, whatever this XLA calls it; and no kernels chosen by timing them.
-DETERMINISTIC = {
-    "xla_gpu_deterministic_ops": True,
-    "xla_gpu_exclude_nondeterministic_ops": True,
-    "xla_gpu_autotune_level": 0,
-}
+from chargpt.errors import RunFailed
+from chargpt.run import peers
+from chargpt.run.program import Program
+from chargpt.train import StepMetrics, TrainState
 
 Line = dict[str, int | float]
-jitted: Any = eqx.filter_jit  # its annotations lack compiler options and `lower`
 
 
 class NotFinite(RunFailed):
@@ -58,146 +28,68 @@ class NotFinite(RunFailed):
 
 @dataclasses.dataclass
 class Report:
-    """What is known of the run at a step."""
+    """What is known of a run at a step."""
 
     line: Line  # of metrics.jsonl
     sample: str = ""
     is_best: bool = False
-    saves: tuple[str, ...] = ()  # checkpoints due now: the loop's state is that of this step
+    saves: tuple[str, ...] = ()  # checkpoints due now: the run's state is that of this step
+    is_last: bool = False
 
     @property
     def evaluated(self) -> bool:
         return "val/loss" in self.line
 
 
-class Loop:
-    """The training loop of `config` on `corpus`, from the first step or from a checkpoint."""
+def next_boundary(config: Config, step: int) -> int:
+    """The next step at which something is due: multiples, wherever a run has started."""
+    trainer = config.trainer
+    intervals = (trainer.log_every, trainer.eval_every, trainer.checkpoint_every)
+    return min(trainer.num_steps, *((step // every + 1) * every for every in intervals))
 
-    def __init__(
-        self, config: Config, corpus: Corpus, restored: tuple[TrainState, Header] | None = None
-    ):
-        self.config, self.corpus = config, corpus
-        self.dtype = compute_dtype(config.trainer.precision)
-        self.devices = choose_devices(config)
-        self.inputs = self.devices.replicate(make_inputs(corpus.train, config))
-        options = compiler_options(RUNS_ONCE)
-        self.state: TrainState
-        if restored is None:
-            make = jitted(self._initial_state, compiler_options=options)
-            self.state, header = make(self.inputs.seed), None
-        else:
-            state, header = restored
-            self.state = self.devices.place(state)
+
+class Run:
+    """How far a run of `config` has come in `program`, from the first step or a checkpoint."""
+
+    def __init__(self, program: Program, config: Config, header: Header | None = None):
+        self.program, self.config, self.corpus = program, config, program.corpus
         self.step = header.step if header else 0
         self.best_val_loss = header.best_val_loss if header else None
         self.best_step = header.best_step if header else None
-        seq_len = config.dataset.seq_len
-        self.val_windows = make_windows(corpus.val, seq_len, config.trainer.eval_tokens)
-        self._entropy = jitted(attention_entropy, compiler_options=options)
-        self.parameters = count_parameters(self.state.model)
-        self.cache_bytes = kv_cache_bytes_per_token(self.state.model, self.dtype)
-        self.flops_per_token = flops_per_token(self.state.model, seq_len)
-        num_gpus = len(self.devices) if jax.default_backend() == "gpu" else 1
-        self.peak_flops = measure_peak_flops(self.dtype) * num_gpus
         self.final_val_loss: float | None = None
         self.sample = ""
-        self.trained_tokens, self.trained_seconds, self.last_fetch = 0, 0.0, 0.0
-        self.stalls = peers.Stalls(config.parallel.stall_factor)
-        self.compile_seconds, self.compile_cached = 0.0, False
-        self.memory_bytes: int | None = None
-        self.kernel = ""  # that computes attention
+        self.decode_speed: float | None = None  # tokens per second, at the end
+        self.trained_tokens, self.trained_seconds = 0, 0.0
         self.seconds_before = header.seconds if header else 0.0
         self.began = time.perf_counter()
+        self.state: TrainState | None = None  # of `step`, while checkpoints are due
 
-    def _initial_state(self, seed: Seed) -> TrainState:
-        """Made where the layout keeps it: no device holds all of a state that is shared out."""
-        return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
+    @property
+    def ended(self) -> bool:
+        return self.step >= self.config.trainer.num_steps
 
-    def compile(self) -> None:
-        """Compile a chunk of every length that the run needs."""
-        self.began, reads = time.perf_counter(), cache.reads
-        steps = [self.step, *self._boundaries()]
-        lengths = {end - begin for begin, end in itertools.pairwise(steps)}
-        self.compiled = {length: self._compile_steps(length) for length in lengths}
-        self.compile_seconds = time.perf_counter() - self.began
-        self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
-        self.compile_cached = cache.reads > reads
-        # What XLA made of it, rather than what was asked for
-        texts = (steps.compiled.as_text() for steps in self.compiled.values())
-        fused = jax.default_backend() == "gpu" and any("fmha" in text for text in texts)
-        self.kernel = "cuDNN's fused kernel" if fused else "XLA"
-
-    def _compile_steps(self, num_steps: int) -> Any:
-        def steps(inputs: Inputs, state: TrainState) -> tuple[TrainState, StepMetrics]:
-            return train_steps(state, inputs, self.config, num_steps, self.devices)
-
-        make = jitted(steps, donate="all-except-first", compiler_options=self._options())
-        return make.lower(self.inputs, self.state).compile()
-
-    def _options(self) -> dict[str, Any] | None:
-        """What XLA must be told to compile the same kernels, with the same sums, every time."""
-        if not (self.config.trainer.deterministic and jax.default_backend() == "gpu"):
-            return None
-        found = compiler_options(DETERMINISTIC)
-        rule = "this version of XLA has no such mode; write trainer.deterministic=false"
-        require(len(found) > 1, f"trainer.deterministic=true: {rule}")
-        return found
-
-    def _boundaries(self) -> Iterator[int]:
-        """The next steps at which something is due: multiples, wherever the run has started."""
-        trainer, step = self.config.trainer, self.step
-        intervals = (trainer.log_every, trainer.eval_every, trainer.checkpoint_every)
-        while step < trainer.num_steps:
-            step = min(trainer.num_steps, *((step // every + 1) * every for every in intervals))
+    def boundaries(self) -> Iterator[int]:
+        """The steps, from here to the end, at which something is due."""
+        step = self.step
+        while step < self.config.trainer.num_steps:
+            step = next_boundary(self.config, step)
             yield step
 
-    def reports(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Report]:
-        """Train to the end, or until `stop()`, reporting one chunk while the next is computed.
+    def evaluates(self, step: int) -> bool:
+        trainer = self.config.trainer
+        return step == trainer.num_steps or step % trainer.eval_every == 0
 
-        Nothing is computed meanwhile if an evaluation or a checkpoint is due: `state` is then the
-        state of that step, until the next report is asked for.
-        """
-        trainer, pending = self.config.trainer, None
-        for end in self._boundaries():
-            with self.stalls.watch("agreement"):
-                stopped = stop()
-            if stopped:
-                break
-            with self.stalls.watch("start of steps"):
-                self.state, metrics = self.compiled[end - self.step](self.inputs, self.state)
-            chunk = (end, metrics, time.perf_counter())
-            self.step = end
-            if pending is not None:
-                yield Report(self._fetch(*pending))
-            pending = chunk
-            if end == trainer.num_steps or end % trainer.eval_every == 0:
-                line = self._fetch(*pending)
-                with self.stalls.watch("evaluation"):
-                    report = self._evaluate(line)
-                yield report
-                pending = None
-            elif end % trainer.checkpoint_every == 0:
-                yield Report(self._fetch(*pending), saves=("last",))
-                pending = None
-        if pending is not None:
-            yield Report(self._fetch(*pending), saves=("last",))
+    def saves(self, step: int) -> bool:
+        return self.evaluates(step) or step % self.config.trainer.checkpoint_every == 0
 
-    def _fetch(self, step: int, metrics: StepMetrics, dispatched: float) -> Line:
-        """Wait for the metrics of a chunk that ends at `step`, as a line for metrics.jsonl.
-
-        NotFinite after too many skipped steps.
-        """
-        with self.stalls.watch("end of steps"):
-            metrics = jax.tree.map(np.asarray, metrics)
-        now = time.perf_counter()
-        seconds = now - max(dispatched, self.last_fetch)
-        self.last_fetch = now
-        self.stalls.least = min(seconds, self.stalls.least or seconds)
-        per_step = self.config.trainer.batch_size * self.config.dataset.seq_len
+    def line(self, step: int, metrics: StepMetrics, seconds: float) -> Line:
+        """The line for metrics.jsonl of steps up to `step`; NotFinite if too many were skipped."""
+        trainer, program = self.config.trainer, self.program
+        per_step = trainer.batch_size * self.config.dataset.seq_len
         tokens = len(metrics.loss) * per_step
         self.trained_tokens += tokens
         self.trained_seconds += seconds
-        most = self.config.trainer.max_skipped_steps
+        most = trainer.max_skipped_steps
         if metrics.skipped_in_a_row.max() >= most:
             reason = f"loss or gradient was not finite in {most} steps in a row"
             raise NotFinite(f"stopped at step {step}: {reason}")
@@ -211,18 +103,12 @@ class Loop:
             **{f"grad_norm/{name}": float(norm[-1]) for name, norm in metrics.part_norms.items()},
             "optim/learning_rate": float(metrics.learning_rate[-1]),
             "throughput/tokens_per_second": tokens / seconds,
-            "throughput/mfu": tokens / seconds * self.flops_per_token / self.peak_flops,
+            "throughput/mfu": tokens / seconds * program.flops_per_token / program.peak_flops,
         }
 
-    def _evaluate(self, line: Line) -> Report:
-        """`line` with validation metrics, a sample of text, and whether this is the best so far."""
-        line |= self._score(self.state.averaged)
-        if self.state.ema is not None:
-            line["val/raw_loss"] = self._score(self.state.model)["val/loss"]  # not averaged
-        averaged = self.devices.first(self.state.averaged)
-        entropies = self._entropy(averaged, self.val_windows.inputs[:ENTROPY_WINDOWS])
-        for layer, heads in enumerate([] if entropies is None else np.asarray(entropies)):
-            line[f"attention_entropy/layer_{layer}"] = float(heads.mean())
+    def judge(self, line: Line, known: Line, sample: str) -> Report:
+        """`line` with what is known of the model by validation, and whether it is the best yet."""
+        line |= known
         self.final_val_loss = line["val/loss"]
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         is_best = line["val/loss"] < best  # NaN never is
@@ -230,38 +116,198 @@ class Loop:
             self.best_val_loss, self.best_step = line["val/loss"], self.step
         if self.best_val_loss is not None:
             line["best/val_loss"] = self.best_val_loss
-        if self.config.trainer.sample_chars:
-            self.sample = self.write_sample()
-        return Report(line, self.sample, is_best, ("last", "best") if is_best else ("last",))
-
-    def _score(self, model: GPT) -> dict[str, float]:
-        batch_size = eval_batch_size(self.val_windows)
-        precision = self.config.trainer.precision
-        return evaluate(model, self.val_windows, batch_size, precision, self.devices)
-
-    def write_sample(self) -> str:
-        """`trainer.sample_chars` characters of text from the averaged weights."""
-        tokenizer, seq_len = self.corpus.tokenizer, self.config.dataset.seq_len
-        prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
-        pieces = generate(
-            cast(self.devices.first(self.state.averaged), self.dtype),
-            tokenizer.encode(prompt),
-            self.config.trainer.sample_chars,
-            max_seq_len=seq_len,
-            keys=random_key(self.config.seed, Stream.sample, self.step)[None],
-            temperature=SAMPLE_TEMPERATURE,
-            tokens_per_piece=max(1, seq_len // 2 - 1),  # always one length: one compilation
-        )
-        return "".join(tokenizer.decode(piece[0]) for piece in pieces)
-
-    def decode_speed(self) -> float | None:
-        """Tokens per second of the sampler; None if it has not run, and hence is not compiled."""
-        if not self.sample:
-            return None
-        begin = time.perf_counter()
-        self.write_sample()
-        return self.config.trainer.sample_chars / (time.perf_counter() - begin)
+        self.sample = sample
+        return Report(line, sample, is_best, ("last", "best") if is_best else ("last",))
 
     def seconds(self) -> float:
         """Wall time of training so far, including that before a resume."""
         return self.seconds_before + time.perf_counter() - self.began
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Steps that the device has been given."""
+
+    ends: dict[int, tuple[Run, int, int]]  # by lane: (run, its last step, how many steps)
+    metrics: StepMetrics
+    dispatched: float
+
+
+class Loop:
+    """Trains the runs in the lanes of `program`, and reports on each of them."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.lanes: list[Run | None] = [None] * (program.members or 1)
+        self.states: TrainState | None = None
+        self.last_fetch = 0.0
+        self.stalls = peers.Stalls(program.config.parallel.stall_factor)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that train."""
+        return [run for run in self.lanes if run is not None]
+
+    def enter(self, run: Run, state: TrainState | None = None) -> None:
+        """Give the run a free lane, from a state on the host or from its first step.
+
+        A run that has ended needs none.
+        """
+        if run.ended:
+            return
+        if state is None:
+            state = self.program.initial_state(run.config.seed)
+        else:
+            state = self.program.devices.place(state)
+        lane = self.lanes.index(None)
+        self.states = self.program.put(self.states, lane, state)
+        self.lanes[lane] = run
+        # What an empty lane computes is not looked at
+        configs = [(other or run).config for other in self.lanes]
+        self.inputs = self.program.inputs(configs)
+
+    def leave(self, run: Run) -> None:
+        """Its lane is free."""
+        self.lanes[self.lanes.index(run)] = None
+
+    def compile(self) -> None:
+        """Compile a chunk of every length that these runs need."""
+        for run in self.runs:
+            run.began = time.perf_counter()
+        if self.runs:
+            self.program.compile(self._lengths(), self.inputs)
+
+    def _lengths(self) -> Iterator[int]:
+        """Of the chunks ahead: each run trains to its next boundary, and waits for the others."""
+        paths = [itertools.pairwise([run.step, *run.boundaries()]) for run in self.runs]
+        for pairs in itertools.zip_longest(*paths, fillvalue=(0, 0)):
+            yield max(end - begin for begin, end in pairs)
+
+    def reports(
+        self, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Run, Report | NotFinite]]:
+        """Train to the end of all runs, or until `stop()`, reporting one chunk while the next runs.
+
+        Nothing is computed meanwhile if an evaluation or a checkpoint is due. A run has its state
+        until the next report is asked for. Between reports runs may enter and leave.
+        """
+        pending: Chunk | None = None
+        while self.runs:
+            with self.stalls.watch("agreement"):
+                stopped = stop()
+            if stopped:
+                break
+            chunk = self._start()
+            if pending is not None:
+                yield from self._settle(pending)
+            pending = chunk
+            if any(run.saves(end) for run, end, _ in chunk.ends.values()):
+                yield from self._settle(pending)
+                pending = None
+        if pending is not None:
+            yield from self._settle(pending, saves=("last",))
+
+    def _start(self) -> Chunk:
+        """Give the device every run's steps to its next boundary."""
+        ends = {}
+        for lane, run in enumerate(self.lanes):
+            if run is not None:
+                end = next_boundary(run.config, run.step)
+                ends[lane] = run, end, end - run.step
+        length = max(count for _, _, count in ends.values())
+        self.program.compile([length], self.inputs)  # nothing to do, unless runs have entered
+        until = [ends[lane][1] if lane in ends else 0 for lane in range(len(self.lanes))]
+        assert self.states is not None
+        with self.stalls.watch("start of steps"):
+            self.states, metrics = self.program.train(length, self.states, self.inputs, until)
+        for run, end, _ in ends.values():
+            run.step = end
+        return Chunk(ends, metrics, time.perf_counter())
+
+    def _settle(
+        self, chunk: Chunk, saves: tuple[str, ...] = ()
+    ) -> Iterator[tuple[Run, Report | NotFinite]]:
+        """Wait for a chunk; a report on each run in it, evaluated where that is due."""
+        with self.stalls.watch("end of steps"):
+            metrics = jax.tree.map(np.asarray, chunk.metrics)
+        now = time.perf_counter()
+        seconds = now - max(chunk.dispatched, self.last_fetch)
+        self.last_fetch = now
+        self.stalls.least = min(seconds, self.stalls.least or seconds)
+        lines: dict[int, Line | NotFinite] = {}
+        # Without those that have left meanwhile
+        present = {lane: one for lane, one in chunk.ends.items() if self.lanes[lane] is one[0]}
+        for lane, (run, end, count) in present.items():
+            try:
+                lines[lane] = run.line(end, self._of(metrics, lane, count), seconds)
+            except NotFinite as error:
+                lines[lane] = error
+        due = {
+            lane: run
+            for lane, (run, end, _) in present.items()
+            if run.evaluates(end) and not isinstance(lines[lane], NotFinite)
+        }
+        known = {}
+        if due:
+            with self.stalls.watch("evaluation"):
+                known = self._evaluate(due)
+        for lane, (run, end, _) in present.items():
+            line = lines[lane]
+            if isinstance(line, NotFinite):
+                self.leave(run)
+                yield run, line
+                continue
+            if lane in due:
+                report = run.judge(line, *known[lane])
+            else:
+                report = Report(line, saves=("last",) if run.saves(end) else saves)
+            report.is_last = end == run.config.trainer.num_steps
+            if report.saves:
+                assert self.states is not None
+                run.state = self.program.take(self.states, lane)
+            if report.is_last:
+                self.leave(run)
+            yield run, report
+            run.state = None
+
+    def _of(self, metrics: StepMetrics, lane: int, count: int) -> StepMetrics:
+        """The metrics of one lane's steps."""
+        if self.program.members is None:
+            return metrics
+        return jax.tree.map(lambda leaf: leaf[lane, :count], metrics)
+
+    def _evaluate(self, due: dict[int, Run]) -> dict[int, tuple[Line, str]]:
+        """By lane: what validation says of the model, and a sample of its text."""
+        program, states = self.program, self.states
+        assert states is not None
+        scores = program.scores(states.averaged)
+        if states.ema is not None:
+            for known, raw in zip(scores, program.scores(states.model), strict=True):
+                known["val/raw_loss"] = raw["val/loss"]  # not averaged
+        for known, layers in zip(scores, program.entropies(states.averaged), strict=True):
+            known |= {f"attention_entropy/layer_{i}": layer for i, layer in enumerate(layers)}
+        samples = [""] * len(self.lanes)
+        if num_chars := max(run.config.trainer.sample_chars for run in due.values()):
+            some = next(iter(due.values()))
+            keys = [((run or some).config.seed, (run or some).step) for run in self.lanes]
+            samples = program.samples(states.averaged, keys, num_chars)
+            if ended := [run for run in due.values() if run.ended]:
+                begin = time.perf_counter()  # again: now it is compiled
+                program.samples(states.averaged, keys, num_chars)
+                speed = num_chars / (time.perf_counter() - begin)
+                for run in ended:
+                    run.decode_speed = speed
+        return {
+            lane: (dict(scores[lane]), samples[lane][: run.config.trainer.sample_chars])
+            for lane, run in due.items()
+        }
+
+
+def alone(
+    program: Program, config: Config, restored: tuple[TrainState, Header] | None = None
+) -> tuple[Loop, Run]:
+    """The loop of a single run."""
+    state, header = restored or (None, None)
+    loop, run = Loop(program), Run(program, config, header)
+    loop.enter(run, state)
+    return loop, run

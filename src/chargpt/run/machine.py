@@ -1,11 +1,13 @@
 """The machine that a run uses: its name, its packages, and the speed that it can reach."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,10 +52,26 @@ def measure_peak_flops(dtype: Any) -> float:
 
 
 def memory_bytes(compiled: Any) -> int:
-    """Bytes per device of a compiled Equinox function: arguments, results, temporaries."""
-    memory = compiled.compiled.memory_analysis()
+    """Bytes per device of a compiled function: arguments, results, temporaries."""
+    memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes
+
+
+def memory_limit() -> int:
+    """Bytes that a program may use on each device: of a CPU, half of what there is.
+
+    From what the machine has, not from what happens to be free: the same every time.
+    """
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None:
+        return int(0.9 * limit)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # of a container
+            total = min(total, int(Path(path).read_text()))
+    return total // 2 // jax.local_device_count()
 
 
 def compiler_options(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from chargpt.compose import change, read_overrides
 from chargpt.config import Config, Schedule, options, settings_of
 from chargpt.corpus import Corpus
 from chargpt.errors import require
-from chargpt.parallel import choose_devices
+from chargpt.parallel import Devices, choose_devices
 from chargpt.run import peers
 from chargpt.run.directory import read_config
 from chargpt.run.machine import numerics
@@ -19,9 +19,15 @@ CHECKPOINTS = ("last", "previous", "best")  # in this order: the newest intact o
 
 
 def restore(
-    run_dir: Path, overrides: Sequence[str], say: Callable[[str], None]
+    run_dir: Path,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    devices: Devices | None = None,
 ) -> tuple[Config, tuple[TrainState, Header] | None]:
-    """The configuration and the newest checkpoint of the run in `run_dir`, None if it has none."""
+    """The configuration and the newest checkpoint of the run in `run_dir`, None if it has none.
+
+    It is going to train on `devices`, by default those that the configuration asks for.
+    """
     restored = load_newest(run_dir, say)
     header = restored[1] if restored else None
     old = header.config if header else read_config(run_dir / "config.yaml")
@@ -32,7 +38,8 @@ def restore(
         say(f"  {name}: {was} -> {now}")
     if "trainer.num_steps" in changed and config.optimizer.schedule is not Schedule.constant:
         say("  from here on, the learning-rate schedule is that of the new length")
-    versions = numerics(choose_devices(config), compute_dtype(config.trainer.precision))
+    devices = choose_devices(config) if devices is None else devices
+    versions = numerics(devices, compute_dtype(config.trainer.precision))
     for name, version in (header.versions if header else {}).items():
         if versions.get(name) != version:
             say(f"  not bit-exact: {name} {version} -> {versions.get(name)}")

@@ -12,9 +12,10 @@ from chargpt.errors import RunFailed, note, require
 from chargpt.parallel import offer_cpu_devices
 from chargpt.run import cache, peers
 from chargpt.run.console import RunConsole
-from chargpt.run.directory import cut_records, read_config
-from chargpt.run.loop import Loop, NotFinite
+from chargpt.run.directory import cut_records, read_config, read_summary
+from chargpt.run.loop import Loop, NotFinite, Report, Run, alone
 from chargpt.run.process import StopSignal, lock
+from chargpt.run.program import Program
 from chargpt.run.recorder import Follower, Recorder
 from chargpt.run.resume import check_corpus, restore
 
@@ -50,7 +51,7 @@ def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
             require(new, f"{run_dir}: already holds a run; {choice}")
             corpus = load_corpus(config.dataset)
         peers.check_same(config, corpus.sha256, step=0)
-        return _drive(process, Loop(config, corpus))
+        return _drive(process, *alone(Program(config, corpus), config))
 
 
 def resume(run_dir: Path, overrides: Sequence[str], watch: Watch | None = None) -> float:
@@ -82,13 +83,16 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
             check_corpus(header, corpus)
             sizes = header.record_sizes
     peers.check_same(config, corpus.sha256, header.step if header else 0)
-    if header and header.step >= config.trainer.num_steps and header.best_val_loss is not None:
+    # Not if it was killed before it had written its summary: that is made up for
+    recorded = header and header.step == peers.shared(read_summary(run_dir).get("final/step"))[0]
+    ended = header and header.step >= config.trainer.num_steps
+    if header and header.best_val_loss is not None and ended and recorded:
         choice = "write a larger trainer.num_steps to continue"
         console.say(f"already complete at step {header.step}; {choice}")
         return header.best_val_loss
     if peers.is_first():
         cut_records(run_dir, sizes)
-    return _drive(process, Loop(config, corpus, restored))
+    return _drive(process, *alone(Program(config, corpus), config, restored))
 
 
 @contextlib.contextmanager
@@ -109,40 +113,63 @@ def _process(run_dir: Path, options: DistributedConfig, watch: Watch | None) -> 
         yield Process(run_dir, console, held.enter_context(StopSignal()), watch)
 
 
-def _drive(process: Process, loop: Loop) -> float:
+def _drive(process: Process, loop: Loop, run: Run) -> float:
     """Run to the end, to a signal, or until `watch` gives up; the best validation loss."""
-    run_dir, console, stop, watch = process.run_dir, process.console, process.stop, process.watch
-    recorder = Recorder(loop, run_dir, console) if peers.is_first() else Follower(loop)
-    num_steps, stopped = loop.config.trainer.num_steps, None
+    console, stop = process.console, process.stop
+    recorder = Recorder(run, process.run_dir, console) if peers.is_first() else Follower(run)
+    stopped = None
     try:
         loop.compile()
         recorder.say_compiled()
-        with console.progress(num_steps, loop.step):
-            for report in loop.reports(lambda: peers.asked_to_stop(stop)):
+        with console.progress(run.config.trainer.num_steps, run.step):
+            for _, report in loop.reports(lambda: peers.asked_to_stop(stop)):
+                if isinstance(report, NotFinite):
+                    raise report
                 with loop.stalls.watch("report"):
                     recorder.take(report)
-                loss = report.line.get("val/loss")
-                if watch and loss is not None and loop.step < num_steps and watch(loop.step, loss):
-                    stopped = f"at step {loop.step}: others were better there"
+                if gives_up(process.watch, run, report):
+                    stopped = GAVE_UP.format(run.step)
                     break
         exit_code = 0
         if stop.number is not None:
-            exit_code, stopped = 128 + stop.number, f"by a signal at step {loop.step}"
+            exit_code, stopped = 128 + stop.number, BY_SIGNAL.format(run.step)
         recorder.finish(exit_code, stopped)
     except NotFinite as error:
-        recorder.fail(error)
-        last = run_dir / "checkpoints" / "last.eqx"
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
-        raise RunFailed(f"{error}; {kept}; {ADVICE}") from None
+        raise not_finite(recorder, process.run_dir, error) from None
     except BaseException as error:
         recorder.fail(error)
-        peers.leave_if_alone(error, loop.step)
+        peers.leave_if_alone(error, run.step)
         raise
+    loss = result(recorder)
+    if exit_code:
+        raise SystemExit(exit_code)
+    return loss
+
+
+GAVE_UP = "at step {}: others were better there"
+BY_SIGNAL = "by a signal at step {}"
+
+
+def gives_up(watch: Watch | None, run: Run, report: Report) -> bool:
+    """Whether `watch` says so, of a run that is not at its end."""
+    loss = report.line.get("val/loss")
+    return bool(watch and loss is not None and not report.is_last and watch(run.step, loss))
+
+
+def not_finite(recorder: Follower, run_dir: Path, error: NotFinite) -> RunFailed:
+    """End the records of a run that diverged; what to raise."""
+    recorder.fail(error)
+    last = run_dir / "checkpoints" / "last.eqx"
+    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+    return RunFailed(f"{error}; {kept}; {ADVICE}")
+
+
+def result(recorder: Follower) -> float:
+    """The best validation loss of a run whose records are complete; RunFailed if they are not."""
     if recorder.unsaved is not None:
         problem = f"the last checkpoint could not be written ({recorder.unsaved})"
         raise RunFailed(f"{problem}; free the disk and resume")
-    if exit_code:
-        raise SystemExit(exit_code)
-    if loop.best_val_loss is None:
+    loss = recorder.run.best_val_loss
+    if loss is None:
         raise RunFailed(f"the validation loss was never a finite number; {ADVICE}")
-    return loop.best_val_loss
+    return loss

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
@@ -95,27 +96,77 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
     try:
         if shared or not (run_dir / "config.yaml").exists():
             return train(settings, run_dir)
-        record = read_run(run_dir)
-        is_same = dataclasses.replace(record.config, mode=settings.mode) == settings.alone()
-        problem = "holds a run of another configuration; write another hydra.sweep.dir=DIR"
-        require(is_same, f"{run_dir}: {problem}")
-        if not record.finished:
-            return resume(run_dir, [])
-        print(f"{run_dir}: done before, best validation loss {record.best_loss:.4f}", flush=True)
-        return record.best_loss
+        loss = done_before(settings, run_dir)
+        return resume(run_dir, []) if loss is None else loss
     except SystemExit:
         if workers.worker() is None:
             raise
         return math.inf  # its worker is stopped; the others save before the sweep ends
     except Exception as error:  # whatever it was, the other jobs run
-        if isinstance(error, ConfigError | RunFailed):
-            fail(error)
+        return failed(error, run_dir, rerun_command(settings, run_dir))
+
+
+def done_before(settings: Config, run_dir: Path) -> float | None:
+    """The loss of a job that is done; ConfigError if the run in its directory is another."""
+    record = read_run(run_dir)
+    is_same = dataclasses.replace(record.config, mode=settings.mode) == settings.alone()
+    problem = "holds a run of another configuration; write another hydra.sweep.dir=DIR"
+    require(is_same, f"{run_dir}: {problem}")
+    if not record.finished:
+        return None
+    print(f"{run_dir}: done before, best validation loss {record.best_loss:.4f}", flush=True)
+    return record.best_loss
+
+
+def failed(error: Exception, run_dir: Path, rerun: str) -> float:
+    """Say why a job failed, and leave it in its directory; infinity, its loss."""
+    if isinstance(error, ConfigError | RunFailed):
+        fail(error)
+    else:
+        traceback.print_exception(error)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    (run_dir / FAILED).write_text(f"{reason}\n{rerun}\n", encoding="utf-8")
+    return math.inf
+
+
+# ---- launcher=vmap
+
+
+def gathers() -> bool:
+    """Whether the jobs of this sweep train as members of populations, when all are known."""
+    return str(HydraConfig.get().launcher["_target_"]).endswith(".PopulationLauncher")
+
+
+def gather(settings: Config, run_dir: Path) -> Any:
+    """What a job would train; infinity if it has failed already."""
+    from chargpt.run.population import Job
+
+    wait_for_others(run_dir)
+    (run_dir / FAILED).unlink(missing_ok=True)
+    try:
+        begun = (run_dir / "config.yaml").exists()
+        loss = done_before(settings, run_dir) if begun else None
+    except ConfigError as error:
+        return failed(error, run_dir, rerun_command(settings, run_dir))
+    return Job(settings, run_dir, loss, rerun=rerun_command(settings, run_dir))
+
+
+def train_gathered(jobs: Sequence[Any], members: int | None) -> list[float]:
+    """Train what `gather` found; the best validation loss of each, infinity if it failed."""
+    from chargpt.run.population import Job, train_jobs
+
+    os.environ.pop("WANDB_RUN_ID", None)  # one W&B run for each job
+    pending = [job for job in jobs if isinstance(job, Job)]
+    losses: dict[int, Any] = {id(job): job.loss for job in pending}
+    for job, outcome in train_jobs(pending, members):
+        if isinstance(outcome, Exception):
+            losses[id(job)] = failed(outcome, job.run_dir, job.rerun)
         else:
-            traceback.print_exc()
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        text = f"{reason}\n{rerun_command(settings, run_dir)}\n"
-        (run_dir / FAILED).write_text(text, encoding="utf-8")
-        return math.inf
+            losses[id(job)] = outcome
+    return [losses.get(id(job), job) for job in jobs]
+
+
+# ---- jobs and their processes
 
 
 def wait_for_others(run_dir: Path) -> None:

@@ -1,0 +1,232 @@
+"""Populations: runs whose compiled step is the same train as members of one program.
+
+Each run keeps its directory, its records and its end; only the step is shared. Small models leave a
+GPU idle, so that several of them cost hardly more than one (docs/sweeps.md).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from chargpt.config import Config, options, settings_of
+from chargpt.corpus import Corpus, load_corpus
+from chargpt.errors import ConfigError, note
+from chargpt.optimizer import hyperparameters
+from chargpt.parallel import choose_devices, offer_cpu_devices
+from chargpt.run import cache
+from chargpt.run.console import MemberConsole, PopulationConsole
+from chargpt.run.directory import cut_records
+from chargpt.run.loop import Loop, NotFinite, Run, next_boundary
+from chargpt.run.machine import memory_limit
+from chargpt.run.process import StopSignal, lock
+from chargpt.run.program import Program
+from chargpt.run.recorder import Recorder
+from chargpt.run.resume import check_corpus, restore
+from chargpt.run.start import BY_SIGNAL, GAVE_UP, Watch, gives_up, not_finite, result
+
+Outcome = float | Exception  # the best validation loss, or why there is none
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A run to train in `run_dir`, or to continue there."""
+
+    config: Config
+    run_dir: Path
+    loss: float | None = None  # if it is done
+    watch: Watch | None = None
+    rerun: str = ""  # the command for this job alone
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.trainer.num_steps
+
+
+@dataclasses.dataclass
+class Member:
+    """A job at work: its run, its records, the lock on its directory."""
+
+    job: Job
+    run: Run
+    recorder: Recorder
+    held: contextlib.ExitStack
+
+
+def shared_step(config: Config, corpus_sha256: str) -> str:
+    """What the compiled step of a run depends on: runs of which it is equal can be one program."""
+    every = settings_of(config)
+    fixed = {
+        name: every[name]
+        for name, (_, facts) in options().items()
+        if not (facts.traced or facts.incidental)
+    }
+    structure = jax.tree.structure(hyperparameters(config))  # an option may be left out
+    return json.dumps([fixed, str(structure), corpus_sha256], sort_keys=True)
+
+
+def number_of_lanes(config: Config, jobs: int, most: int | None) -> int:
+    """How many of `jobs` train at once: all, or equal parts of them, at most `most`.
+
+    More than devices are rounded up to fill all of them: a lane that is empty takes no time.
+    """
+    rounds = 1 if most is None else -(-jobs // most)
+    lanes = -(-jobs // rounds)
+    apart = choose_devices(config, jax.device_count()).apart
+    full = -(-lanes // apart) * apart
+    return full if lanes > apart and (most is None or full <= most) else lanes
+
+
+def fitting(config: Config, corpus: Corpus, jobs: int, most: int | None) -> Program:
+    """The program for as many members as `most` lets, or, if that is None, as fit in memory."""
+    chosen, first = most, next_boundary(config, 0)
+    while True:
+        lanes = number_of_lanes(config, jobs, chosen)
+        program = Program(config, corpus, None if lanes == 1 else lanes)
+        program.compile([first], program.inputs([config] * lanes))
+        needed = program.memory_bytes or 0
+        if most is not None or lanes == 1 or needed <= memory_limit():
+            return program
+        chosen = max(1, min(lanes - 1, lanes * memory_limit() // needed))
+
+
+class Population:
+    """Jobs of one `shared_step`, which train until there is no next one, or a signal comes."""
+
+    def __init__(self, program: Program, next_job: Callable[[], Job | None], names: int = 0):
+        """`names`: the width of the longest name among the jobs."""
+        self.program, self.next_job = program, next_job
+        self.loop = Loop(program)
+        self.console = PopulationConsole(names)
+        self.members: dict[Run, Member] = {}
+
+    def train(self, num_steps: int, stop: StopSignal) -> Iterator[tuple[Job, Outcome]]:
+        """Every job and how it ended; `num_steps` of all jobs together are what the bar shows.
+
+        If a signal stops it, all save; then SystemExit with the usual code (128 + signal).
+        """
+        try:
+            yield from self._fill()
+            self.loop.compile()
+            self._say_compiled()
+            with self.console.progress(num_steps, 0):
+                for run, report in self.loop.reports(stop.requested):
+                    member = self.members[run]
+                    if isinstance(report, NotFinite):
+                        error = not_finite(member.recorder, member.job.run_dir, report)
+                        yield self._end(member, error)
+                    else:
+                        member.recorder.take(report)
+                        if gives_up(member.job.watch, run, report):
+                            self.loop.leave(run)
+                            yield self._finish(member, GAVE_UP.format(run.step))
+                        elif report.is_last:
+                            yield self._finish(member)
+                    yield from self._fill()
+            if stop.number is not None:
+                for member in list(self.members.values()):
+                    self._finish(member, BY_SIGNAL.format(member.run.step), 128 + stop.number)
+                raise SystemExit(128 + stop.number)
+        except BaseException as error:
+            for member in list(self.members.values()):
+                member.recorder.fail(error)
+                self._end(member, 0.0)
+            raise
+
+    def _fill(self) -> Iterator[tuple[Job, Outcome]]:
+        """Let jobs enter the lanes that are free; those that need no training end at once."""
+        while None in self.loop.lanes and (job := self.next_job()) is not None:
+            try:
+                member = self._enter(job)
+            except Exception as error:  # whatever it was, the other jobs train
+                yield job, error
+                continue
+            if member.run.ended:
+                yield self._finish(member)
+
+    def _enter(self, job: Job) -> Member:
+        console, header, state, sizes = MemberConsole(self.console, job.name), None, None, {}
+        config = job.config
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock(job.run_dir))
+            if (job.run_dir / "config.yaml").exists():
+                config, restored = restore(job.run_dir, [], console.say, self.program.devices)
+                if restored is not None:
+                    state, header = restored
+                    check_corpus(header, self.program.corpus)
+                    sizes = header.record_sizes
+                cut_records(job.run_dir, sizes)
+            run = Run(self.program, config, header)
+            recorder = Recorder(run, job.run_dir, console)
+            self.loop.enter(run, state)
+            console.begin(run.step)
+            self.members[run] = Member(job, run, recorder, held.pop_all())
+        return self.members[run]
+
+    def _finish(
+        self, member: Member, stopped: str | None = None, exit_code: int = 0
+    ) -> tuple[Job, Outcome]:
+        """Complete the records of a run that trains no more."""
+        try:
+            member.recorder.finish(exit_code, stopped)
+            return self._end(member, result(member.recorder))
+        except Exception as error:
+            return self._end(member, error)
+
+    def _end(self, member: Member, outcome: Outcome) -> tuple[Job, Outcome]:
+        self.console.forget(member.job.name)
+        self.members.pop(member.run, None)
+        member.held.close()
+        return member.job, outcome
+
+    def _say_compiled(self) -> None:
+        program = self.program
+        if not self.members:
+            return
+        megabytes = (program.memory_bytes or 0) * len(program.devices) / 1e6
+        how = "read" if program.compile_cached else "compiled"
+        seconds = f"{how} in {program.compile_seconds:.1f} s"
+        self.console.say(
+            f"one program for {len(self.members)} runs, {seconds}, {megabytes:,.0f} MB; "
+            f"attention by {program.kernel}\n"
+        )
+
+
+def train_jobs(jobs: Sequence[Job], most: int | None) -> Iterator[tuple[Job, Outcome]]:
+    """Train every job that is not done, those of one `shared_step` at once, group after group.
+
+    How many lanes a program has follows from all jobs, those that are done among them: so the same
+    jobs give the same numbers, however often they are interrupted.
+    """
+    offer_cpu_devices()
+    corpora: dict[str, Corpus] = {}
+    groups: dict[str, list[Job]] = {}
+    with StopSignal() as stop, cache.kept_executables(note):
+        for job in jobs:
+            text = str(job.config.dataset)
+            try:
+                if text not in corpora:
+                    corpora[text] = load_corpus(job.config.dataset)
+            except ConfigError as error:
+                yield job, error
+            else:
+                key = shared_step(job.config, corpora[text].sha256)
+                groups.setdefault(key, []).append(job)
+        for group in groups.values():
+            waiting = [job for job in group if job.loss is None]
+            if not waiting:
+                continue
+            config, num_steps = group[0].config, sum(job.num_steps for job in waiting)
+            program = fitting(config, corpora[str(config.dataset)], len(group), most)
+            width = max(len(name) for name in ("member", *(job.name for job in group)))
+            next_job = functools.partial(next, iter(waiting), None)
+            population = Population(program, next_job, width)
+            yield from population.train(num_steps, stop)

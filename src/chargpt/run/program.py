@@ -1,0 +1,263 @@
+"""What is compiled for a run, or for a population: runs that differ only in `train.Inputs`."""
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from chargpt.attention import is_shape
+from chargpt.config import Config
+from chargpt.corpus import Corpus, make_windows
+from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from chargpt.errors import require
+from chargpt.generate import generate
+from chargpt.model import GPT
+from chargpt.optimizer import hyperparameters
+from chargpt.parallel import MEMBERS, choose_devices
+from chargpt.run import cache
+from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
+from chargpt.run.machine import compiler_options, measure_peak_flops, memory_bytes
+from chargpt.train import (
+    Inputs,
+    Seed,
+    StepMetrics,
+    Stream,
+    TrainState,
+    cast,
+    compute_dtype,
+    init_state,
+    random_key,
+    train_population,
+    train_steps,
+)
+
+SAMPLE_TEMPERATURE = 0.8
+ENTROPY_WINDOWS = 8  # of the validation split
+# For computations that take longer to optimise than to run.
+RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+# The first or the second, whatever this XLA calls it; and no kernels chosen by timing them.
+DETERMINISTIC = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+    "xla_gpu_autotune_level": 0,
+}
+
+jitted: Any = eqx.filter_jit  # its annotations lack compiler options and `lower`
+
+
+class Program:
+    """The computations of a run of `config` on `corpus`, or of as many `members` at once.
+
+    Each member has a lane: a place along the first axis of every array of `states`. Without members
+    there is one lane, and no such axis.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, members: int | None = None):
+        self.config, self.corpus, self.members = config, corpus, members
+        self.dtype = compute_dtype(config.trainer.precision)
+        self.devices = choose_devices(config, members)
+        seq_len = config.dataset.seq_len
+        self.val_windows = make_windows(corpus.val, seq_len, config.trainer.eval_tokens)
+        self.shapes = self._make_shapes()
+        model = self.shapes.model  # of one member, with shapes in place of arrays
+        self.parameters = count_parameters(model)
+        self.cache_bytes = kv_cache_bytes_per_token(model, self.dtype)
+        self.flops_per_token = flops_per_token(model, seq_len)
+        num_gpus = len(self.devices) if jax.default_backend() == "gpu" else 1
+        self.peak_flops = measure_peak_flops(self.dtype) * num_gpus
+        self.compiled: dict[int, Any] = {}  # training, by the number of steps
+        self.compile_seconds, self.compile_cached = 0.0, False
+        self.memory_bytes: int | None = None
+        self.kernel = ""  # that computes attention
+        options = compiler_options(RUNS_ONCE)
+        self._initial = jitted(self._initial_state, compiler_options=options)
+        self._entropy = jitted(self._entropies, compiler_options=options)
+        self._tokens = self.devices.replicate(jnp.asarray(corpus.train))
+
+    # ---- states
+
+    def _make_shapes(self) -> TrainState:
+        """The state of one run, each array's shape with the place that the layout gives it."""
+        vocab_size = len(self.corpus.tokenizer)
+        shapes = eqx.filter_eval_shape(init_state, self.config, vocab_size, self.config.seed)
+
+        def place(path: Any, leaf: Any) -> Any:
+            if not is_shape(leaf):
+                return leaf
+            sharding = self.devices.sharding(path, leaf)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(place, shapes)
+
+    def _of_lanes(self, leaf: Any) -> Any:
+        """The shape of one run's array, with all lanes of it."""
+        mesh, spec = self.devices.mesh, leaf.sharding.spec
+        first = MEMBERS if self.devices.apart > 1 else None
+        sharding = NamedSharding(mesh, PartitionSpec(first, *spec))
+        return jax.ShapeDtypeStruct((self.members, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    def _initial_state(self, seed: Seed) -> TrainState:
+        """Made where the layout keeps it: no device holds all of a state that is shared out."""
+        return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
+
+    def initial_state(self, seed: int) -> TrainState:
+        """The state of a run before its first step."""
+        return self._initial(self.devices.replicate(jnp.uint32(seed)))
+
+    def put(self, states: TrainState | None, lane: int, state: TrainState) -> TrainState:
+        """`states` with that of one lane replaced; by None, lanes that are all alike."""
+        if self.members is None:
+            return state
+        if states is None:
+            return self._alike(state)
+        return self._put((state, self.devices.replicate(jnp.int32(lane))), states)
+
+    def take(self, states: TrainState, lane: int) -> TrainState:
+        """The state of one lane."""
+        return states if self.members is None else self._take(states, jnp.int32(lane))
+
+    @functools.cached_property
+    def _alike(self) -> Any:
+        def alike(state: TrainState) -> TrainState:
+            arrays, static = eqx.partition(state, eqx.is_array)
+            lanes = jnp.arange(self.members)
+            arrays = self.devices.vmap(lambda _: self.devices.place(arrays))(lanes)
+            return eqx.combine(arrays, static)
+
+        return jitted(alike)
+
+    @functools.cached_property
+    def _put(self) -> Any:
+        def put(one: tuple[TrainState, Array], states: TrainState) -> TrainState:
+            state, lane = one
+            arrays, static = eqx.partition(states, eqx.is_array)
+            new = eqx.filter(state, eqx.is_array)
+            arrays = jax.tree.map(lambda old, new: old.at[lane].set(new), arrays, new)
+            return eqx.combine(self.devices.vmap(self.devices.place)(arrays), static)
+
+        return jitted(put, donate="all-except-first")
+
+    @functools.cached_property
+    def _take(self) -> Any:
+        def take(states: TrainState, lane: Array) -> TrainState:
+            arrays, static = eqx.partition(states, eqx.is_array)
+            return eqx.combine(jax.tree.map(lambda leaf: leaf[lane], arrays), static)
+
+        return jitted(take)
+
+    # ---- training
+
+    def inputs(self, configs: Sequence[Config]) -> Inputs:
+        """The inputs of a step: of the one run, or stacked, of each lane's."""
+        each = [(jnp.uint32(config.seed), hyperparameters(config)) for config in configs]
+        if self.members is not None:
+            each = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)]
+        return Inputs(self._tokens, *self.devices.replicate(each[0]))
+
+    def compile(self, lengths: Iterable[int], inputs: Inputs) -> None:
+        """Compile training by so many steps, each of `lengths`, where that is not done yet."""
+        begin, reads = time.perf_counter(), cache.reads
+        for length in sorted({*lengths} - {*self.compiled}):
+            self.compiled[length] = self._compile(length, inputs)
+        self.compile_seconds += time.perf_counter() - begin
+        self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
+        self.compile_cached = self.compile_cached or cache.reads > reads
+        # What XLA made of it, rather than what was asked for
+        texts = (steps.as_text() for steps in self.compiled.values())
+        fused = jax.default_backend() == "gpu" and any("fmha" in text for text in texts)
+        self.kernel = "cuDNN's fused kernel" if fused else "XLA"
+
+    def _compile(self, num_steps: int, inputs: Inputs) -> Any:
+        static = eqx.filter(self.shapes, is_shape, inverse=True)
+
+        def steps(
+            arrays: TrainState, inputs: Inputs, until: Array | None
+        ) -> tuple[TrainState, StepMetrics]:
+            state = eqx.combine(arrays, static)
+            if until is None:
+                state, metrics = train_steps(state, inputs, self.config, num_steps, self.devices)
+            else:
+                chunk = self.config, num_steps, self.devices
+                state, metrics = train_population(state, inputs, until, *chunk)
+            return eqx.filter(state, eqx.is_array), metrics
+
+        make: Any = jax.jit(steps, donate_argnums=0)
+        shapes, until = eqx.filter(self.shapes, is_shape), None
+        if self.members is not None:
+            shapes = jax.tree.map(self._of_lanes, shapes)
+            until = self.devices.replicate(jnp.zeros(self.members, jnp.int32))
+        return make.lower(shapes, inputs, until).compile(self._options())
+
+    def train(
+        self, num_steps: int, states: TrainState, inputs: Inputs, until: Sequence[int]
+    ) -> tuple[TrainState, StepMetrics]:
+        """Start `num_steps` steps; each member ends at its own step in `until`."""
+        ends = None
+        if self.members is not None:
+            ends = self.devices.replicate(jnp.asarray(until, jnp.int32))
+        arrays, static = eqx.partition(states, eqx.is_array)
+        arrays, metrics = self.compiled[num_steps](arrays, inputs, ends)
+        return eqx.combine(arrays, static), metrics
+
+    def _options(self) -> dict[str, Any] | None:
+        """What XLA must be told to compile the same kernels, with the same sums, every time."""
+        if not (self.config.trainer.deterministic and jax.default_backend() == "gpu"):
+            return None
+        found = compiler_options(DETERMINISTIC)
+        rule = "this version of XLA has no such mode; write trainer.deterministic=false"
+        require(len(found) > 1, f"trainer.deterministic=true: {rule}")
+        return found
+
+    # ---- what is known of the models, of each lane
+
+    def scores(self, model: GPT) -> list[dict[str, float]]:
+        """Loss, bits and accuracy on the validation split."""
+        batch_size, precision = eval_batch_size(self.val_windows), self.config.trainer.precision
+        found = evaluate(model, self.val_windows, batch_size, precision, self.devices)
+        columns = {name: np.atleast_1d(values) for name, values in found.items()}
+        return [
+            {name: float(values[lane]) for name, values in columns.items()}
+            for lane in range(self.members or 1)
+        ]
+
+    def entropies(self, model: GPT) -> list[list[float]]:
+        """Of attention, the mean over heads of each layer; empty if the type has no weights."""
+        entropies = self._entropy(self._own(model), self.val_windows.inputs[:ENTROPY_WINDOWS])
+        if entropies is None:
+            return [[]] * (self.members or 1)
+        heads = np.asarray(entropies)
+        heads = heads[None] if self.members is None else heads
+        return [[float(layer.mean()) for layer in lane] for lane in heads]
+
+    def _entropies(self, model: GPT, inputs: Any) -> Array | None:
+        if self.members is None:
+            return attention_entropy(model, inputs)
+        return eqx.filter_vmap(attention_entropy, in_axes=(eqx.if_array(0), None))(model, inputs)
+
+    def samples(self, model: GPT, keys: Sequence[tuple[int, int]], num_chars: int) -> list[str]:
+        """Text of `num_chars` characters from each lane, drawn with its key: (seed, step)."""
+        tokenizer, seq_len = self.corpus.tokenizer, self.config.dataset.seq_len
+        prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+        pieces = generate(
+            cast(self._own(model), self.dtype),
+            tokenizer.encode(prompt),
+            num_chars,
+            max_seq_len=seq_len,
+            keys=jnp.stack([random_key(seed, Stream.sample, step) for seed, step in keys]),
+            temperature=SAMPLE_TEMPERATURE,
+            tokens_per_piece=max(1, seq_len // 2 - 1),  # always one length: one compilation
+        )
+        rows = np.concatenate(list(pieces), axis=1)
+        return [tokenizer.decode(row) for row in rows]
+
+    def _own(self, model: GPT) -> GPT:
+        """Where one device can work on it; members stay on the device that trains them."""
+        return self.devices.first(model) if self.members is None else model
