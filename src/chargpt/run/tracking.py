@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from chargpt.config import Config, Mode, to_plain
 from chargpt.errors import one_line
@@ -31,8 +31,12 @@ class WandbRun:
     """One Weights & Biases run, online or offline, behind a queue.
 
     `say` prints a line to the person. `id` is the W&B run id (None: W&B is off), kept in
-    wandb/run_id, so that a resumed run is the same W&B run.
+    wandb/run_id, so that a resumed run is the same W&B run. The members of a population have one
+    each, at the same time.
     """
+
+    live: ClassVar[set["WandbRun"]] = set()  # of this process
+    broken: ClassVar[bool] = False  # one of them failed, since there were none
 
     def __init__(
         self, config: Config, derived: dict[str, Any], run_dir: Path, say: Callable[[str], None]
@@ -52,6 +56,7 @@ class WandbRun:
         self._thread = threading.Thread(target=self._work, args=run, name="wandb", daemon=True)
         if config.mode is not Mode.disabled:
             self._thread.start()
+            self.live.add(self)
             if not started.wait(2 * INIT_TIMEOUT + PROBE_TIMEOUT):
                 self._fail("it did not start in time")
 
@@ -75,7 +80,10 @@ class WandbRun:
         self._thread.join(FINISH_TIMEOUT + TABLE_TIMEOUT)
         if self._thread.is_alive():
             self._fail("it did not finish in time")
-        if self._failed:
+        self.live.discard(self)
+        WandbRun.broken |= self._failed
+        if self.broken and not self.live:
+            WandbRun.broken = False
             abandon_service()
 
     def _work(self, started: threading.Event, *run: Any) -> None:
@@ -128,7 +136,7 @@ class WandbRun:
             dir=run_dir,
             id=run_id,
             resume="allow" if run_id else None,
-            reinit="finish_previous",
+            reinit="create_new",
             settings=settings,
         )
         try:

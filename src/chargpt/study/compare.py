@@ -87,6 +87,10 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
     trainers = [(run.config.trainer, run.config.dataset.seq_len) for run in runs]
     tokens = [f"{t.num_steps * t.batch_size * seq_len:,}" for t, seq_len in trainers]
     differ("training tokens", tokens, "their losses come from different budgets")
+    if any(map(in_population, arms)):
+        sizes = dict.fromkeys(f"{run.number('population') or 1:g}" for run in runs)
+        problem = f"{SHARED} of programs that train several runs ({', '.join(sizes)} at once)"
+        found.append(f"{problem}: not comparable with those of runs alone")
     single = ", ".join(arm.name for arm in arms if len(arm.runs) == 1)
     if single and len(arms) > 1:
         found.append(f"only one seed, so no spread: {single}; add seed=0,1,2")
@@ -99,6 +103,8 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
 
 # ---- the table
 
+SHARED = "*"  # marks speeds, memory and times of runs that shared a program with others
+OF_PROGRAM = ("tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes", "train_seconds")
 NUMBERS = {  # column: name in summary.json, unit
     "params": ("num_params", ""),
     "cache B/token": ("kv_cache_bytes_per_token", ""),
@@ -139,6 +145,11 @@ def rows(arms: Sequence[Arm]) -> list[list[Cell]]:
     return [row(arm, arms[0]) for arm in arms]
 
 
+def in_population(arm: Arm) -> bool:
+    """Whether a run of it shared its program with others."""
+    return any((run.number("population") or 1) > 1 for run in arm.runs.values())
+
+
 def row(arm: Arm, first: Arm) -> list[Cell]:
     difference = None if arm is first else Estimate.of(arm.difference(first).values())
     cells: list[Cell] = [(arm.name, arm.name), (str(len(arm.runs)), len(arm.runs))]
@@ -146,7 +157,8 @@ def row(arm: Arm, first: Arm) -> list[Cell]:
     for name, unit in NUMBERS.values():
         estimate = arm.estimate(name)
         mean = estimate.mean if estimate else None
-        cells.append((short(mean, unit), mean))
+        mark = SHARED if name in OF_PROGRAM and in_population(arm) and mean is not None else ""
+        cells.append((short(mean, unit) + mark, mean))
     return cells
 
 
