@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from chargpt.compose import EXPECTED, explain, in_sweep, parse, run_directory, task_overrides
@@ -34,7 +35,7 @@ def job(settings: DictConfig) -> Any:
     """
     try:
         if settings.resume is None and in_sweep():
-            if sweep.gathers():
+            if sweep.gathers(HydraConfig.get()):
                 return sweep.gather(typed(settings), run_directory())
             return sweep.run_job(typed(settings), run_directory(), *sweep.runners())
         config = parse(settings) if settings.resume is None else None

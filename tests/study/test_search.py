@@ -21,7 +21,7 @@ from chargpt.compose import compose
 from chargpt.config import options, spell
 from chargpt.errors import ConfigError, RunFailed
 from chargpt.run import start
-from chargpt.run.directory import write_config
+from chargpt.run.directory import read_run, write_config
 from chargpt.study import search
 from chargpt.study.space import Parameter, Space, read_space, to_wandb_sweep
 
@@ -214,6 +214,32 @@ def test_a_study_finds_the_good_region_ends_poor_trials_early_and_continues_to_m
     assert cli.run_tool([*arguments, "num_trials=25"]) == 0
     assert quick[24:] == ["train trial_0024"]
     assert cli.run_tool([*arguments, "num_trials=25"]) == 0 and len(quick) == 25
+
+
+def test_trials_that_train_at_once_make_room_for_the_next_and_take_turns_by_program(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Really trained: of two widths, so two programs; poor trials end at their first evaluation."""
+    ranges = SPACE["parameters"] | {"model.num_heads": {"choices": [1, 2]}}
+    small = ["model.num_layers=1", "trainer.sample_chars=0", "trainer.num_steps=8"]
+    small += ["trainer.log_every=2", "trainer.eval_every=2", "optimizer.warmup_steps=null"]
+    del ranges["optimizer.warmup_steps"]
+    space = SPACE | {"overrides": [*SPACE["overrides"], *small], "parameters": ranges}
+    folder = tmp_path / "study"
+    arguments = ["search", f"space={write(tmp_path, space)}", f"out={folder}", "seed=0"]
+    assert cli.run_tool([*arguments, "members=3", "num_trials=9"]) == 0
+    found = trials(folder)
+    assert len(found) == 9
+    assert {trial.params["model.num_heads"] for trial in found} == {1, 2}
+    out = capsys.readouterr().out
+    assert out.count("attention  standard") >= 2 and "9 trials: " in out
+    ends = {"COMPLETE": {8}, "PRUNED": {2, 4, 6}}
+    for trial in found:
+        run = read_run(folder / f"trial_{trial.number:04}")
+        assert run.summary["final/step"] in ends[trial.state.name], trial.state
+        assert run.summary["population"] == 3
+        assert run.config.optimizer.learning_rate == trial.params["optimizer.learning_rate"]
+    assert {trial.state.name for trial in found} == {*ends}
 
 
 def test_drawing_a_study_leaves_matplotlib_as_it_was(tmp_path: Path, quick: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from programs import DEBUG, metrics, run, start, wait_for_step
+from programs import DEBUG, assert_same_run, metrics, run, start, wait_for_step
 
 from chargpt import checkpoint
 from chargpt.config import CONFIGS, AttentionType
@@ -106,6 +107,60 @@ def test_jobs_side_by_side_survive_the_end_of_their_sweep_and_a_job_that_fails(
     (rerun,) = re.findall(r"^  rerun: python main.py (.*)$", out, re.MULTILINE)
     _, err = run(*shlex.split(rerun), code=1)
     assert err.startswith("error: stopped at step") and err.count("\n") == 1
+
+
+def test_a_population_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    command = ["--multirun", "launcher=vmap", *DEBUG, "model.mha_type=standard,mqa", "seed=0,1,2"]
+    command += [
+        "optimizer.learning_rate=1e-3,3e-3",
+        "trainer.num_steps=200",
+        "trainer.log_every=10",
+    ]
+    command += ["trainer.eval_every=100", "trainer.checkpoint_every=20"]
+    run(*command, f"hydra.sweep.dir={tmp_path / 'undisturbed'}")
+    folder = tmp_path / "sweep"
+
+    def lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/metrics.jsonl"))
+
+    def done() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
+
+    seed = random.randrange(2**32)
+    print(f"random.Random({seed})")
+    moments = random.Random(seed)
+    for _ in range(3):
+        before, wanted = done(), lines() + moments.randint(1, 80)  # of 240
+        process = start(*command, f"hydra.sweep.dir={folder}")
+        wait_until(lambda process=process, n=wanted: process.poll() is not None or lines() >= n)
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert before.items() <= done().items()
+    left = 12 - len(done())
+    out, _ = run(*command, f"hydra.sweep.dir={folder}")
+    assert out.count("done before") == 12 - left
+    for undisturbed in (tmp_path / "undisturbed").glob("*_*"):
+        assert_same_run(undisturbed, folder / undisturbed.name)
+        summary = json.loads((folder / undisturbed.name / "summary.json").read_text())
+        assert summary["final/step"] == 200 and summary["population"] == 6
+
+
+def test_a_population_that_is_stopped_saves_and_continues_without_its_launcher(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "sweep"
+    command = ["--multirun", *LONGER, "seed=0,1", f"hydra.sweep.dir={folder}"]
+    process = start(*command, "launcher=vmap")
+    wait_for_step(process, folder / "1_standard-seed-1", 50)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert out.count(": stopped by a signal at step ") == 2 and "2 of 2 jobs are not done" in out
+    run(*command)
+    for name in ("0_standard-seed-0", "1_standard-seed-1"):
+        assert [line["trainer/step"] for line in metrics(folder / name)] == [*range(50, 601, 50)]
+        assert json.loads((folder / name / "summary.json").read_text())["population"] == 1
 
 
 def test_a_preempted_job_of_a_cluster_saves_requeues_itself_and_continues(tmp_path: Path) -> None:

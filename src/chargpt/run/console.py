@@ -16,6 +16,7 @@ COLUMNS = (  # of an evaluation: metric, title, width, format
     ("val/accuracy", "accuracy", 8, ".2%"),
     ("trainer/seconds", "seconds", 7, ".1f"),
 )
+MEMBER = "member"  # the title of their names
 HEADER = "   ".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
 
 
@@ -154,7 +155,7 @@ class PopulationConsole(RunConsole):
     def __init__(self, width: int):
         """`width`: that of the members' names."""
         super().__init__()
-        self._width, self._shown = width, False
+        self._width, self._shown = max(width, len(MEMBER)), False
         self.steps: dict[str, int] = {}
         self._speeds: dict[str, float] = {}
 
@@ -180,6 +181,6 @@ class PopulationConsole(RunConsole):
 
     def show_row(self, name: str, metrics: dict[str, int | float], is_best: bool) -> None:
         if self._header_due:
-            self.say(f"{'member':<{self._width}}  {HEADER}", "bold")
+            self.say(f"{MEMBER:<{self._width}}  {HEADER}", "bold")
             self._header_due = False
         self.say(f"{name:<{self._width}}  {evaluation(metrics)}{'  best' if is_best else ''}")

@@ -92,10 +92,25 @@ def fitting(config: Config, corpus: Corpus, jobs: int, most: int | None) -> Prog
         lanes = number_of_lanes(config, jobs, chosen)
         program = Program(config, corpus, None if lanes == 1 else lanes)
         program.compile([first], program.inputs([config] * lanes))
-        needed = program.memory_bytes or 0
-        if most is not None or lanes == 1 or needed <= memory_limit():
+        text = 4 * len(corpus.train)  # bytes, which all members share
+        needed, limit = (program.memory_bytes or 0) - text, memory_limit() - text
+        if most is not None or lanes == 1 or needed <= limit:
             return program
-        chosen = max(1, min(lanes - 1, lanes * memory_limit() // needed))
+        chosen = max(1, min(lanes - 1, lanes * limit // needed))
+
+
+class Corpora:
+    """Texts, read once each."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Corpus] = {}
+
+    def of(self, config: Config) -> Corpus:
+        """The corpus of a run; ConfigError if there is none."""
+        text = str(config.dataset)
+        if text not in self._known:
+            self._known[text] = load_corpus(config.dataset)
+        return self._known[text]
 
 
 class Population:
@@ -207,26 +222,21 @@ def train_jobs(jobs: Sequence[Job], most: int | None) -> Iterator[tuple[Job, Out
     jobs give the same numbers, however often they are interrupted.
     """
     offer_cpu_devices()
-    corpora: dict[str, Corpus] = {}
-    groups: dict[str, list[Job]] = {}
+    corpora, groups = Corpora(), dict[str, list[Job]]()
     with StopSignal() as stop, cache.kept_executables(note):
         for job in jobs:
-            text = str(job.config.dataset)
             try:
-                if text not in corpora:
-                    corpora[text] = load_corpus(job.config.dataset)
+                key = shared_step(job.config, corpora.of(job.config).sha256)
             except ConfigError as error:
                 yield job, error
             else:
-                key = shared_step(job.config, corpora[text].sha256)
                 groups.setdefault(key, []).append(job)
         for group in groups.values():
             waiting = [job for job in group if job.loss is None]
             if not waiting:
                 continue
             config, num_steps = group[0].config, sum(job.num_steps for job in waiting)
-            program = fitting(config, corpora[str(config.dataset)], len(group), most)
-            width = max(len(name) for name in ("member", *(job.name for job in group)))
+            program = fitting(config, corpora.of(config), len(group), most)
             next_job = functools.partial(next, iter(waiting), None)
-            population = Population(program, next_job, width)
-            yield from population.train(num_steps, stop)
+            width = max(len(job.name) for job in group)
+            yield from Population(program, next_job, width).train(num_steps, stop)

@@ -6,13 +6,15 @@ continues it after a crash: a trial that no process works on any more resumes fr
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from chargpt.compose import command
-from chargpt.config import require_at_least, spell
-from chargpt.errors import ConfigError, RunFailed, require
+from chargpt.config import Config, require_at_least, spell
+from chargpt.errors import ConfigError, RunFailed, note, require
 from chargpt.run.directory import read_run
 from chargpt.run.process import lock
 from chargpt.study import page
@@ -51,11 +53,12 @@ class SearchOptions:
     space: str = "configs/search/adamw.yaml"  # what to vary; configs/search/ has more
     num_trials: int = 20  # of the whole study: the same command continues until there are so many
     out: str | None = None  # the study's folder; null = search/NAME-OF-SPACE
+    members: int | None = 1  # trials that train at once, as one program; null = as many as fit
     seed: int | None = None  # of the sampler; null = another one each time
     write_wandb: str | None = None  # write the space as a `wandb sweep` file instead
 
     def __post_init__(self) -> None:
-        require_at_least("", self, 1, ["num_trials"])
+        require_at_least("", self, 1, ["num_trials", "members"])
         require_at_least("", self, 0, ["seed"])
 
 
@@ -70,11 +73,12 @@ def search(options: SearchOptions) -> None:
         return
     folder = Path(options.out or f"search/{space.name}")
     study = open_study(folder, space)
+    asked = ask(study, options, space, folder)
     try:
-        while claimed := claim(study, options, folder):
-            trial, held = claimed
-            with held:
-                run_trial(study, trial, space, folder)
+        if options.members == 1:
+            train_one_by_one(study, asked)
+        else:
+            train_together(study, asked, options)
     finally:
         report(study, space, folder)
 
@@ -151,38 +155,121 @@ def try_lock(path: Path) -> contextlib.ExitStack | None:
     return None
 
 
-def run_trial(study: Any, trial: Any, space: Space, folder: Path) -> None:
-    """Train what the trial asks for, or continue it, and tell the study the result."""
+@dataclasses.dataclass
+class Asked:
+    """A trial that this process works on, for as long as it holds the lock."""
+
+    trial: Any
+    config: Config
+    run_dir: Path
+    reported: set[int]  # steps of which the study knows the loss
+    held: contextlib.ExitStack
+    pruned: bool = False
+
+    def watch(self, step: int, loss: float) -> bool:
+        """Report a loss; whether others were better there."""
+        if step not in self.reported and math.isfinite(loss):
+            self.trial.report(loss, step)
+        self.pruned = self.trial.should_prune()
+        return self.pruned
+
+
+def ask(study: Any, options: SearchOptions, space: Space, folder: Path) -> Iterator[Asked]:
+    """Trials to work on, one after another."""
+    while claimed := claim(study, options, folder):
+        trial, held = claimed
+        run_dir = trial_folder(folder, trial)
+        values = {parameter.name: suggest(trial, parameter) for parameter in space.parameters}
+        known = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        print(f"trial {trial.number}: {' '.join(spelled(values))}", flush=True)
+        names = {"wandb.group": folder.name, "wandb.name": run_dir.name}
+        try:
+            config = space.compose(values | names)
+        except ConfigError as error:
+            with held:
+                tell_failed(study, trial, error)
+            continue
+        run_dir.mkdir(exist_ok=True)
+        yield Asked(trial, config, run_dir, known, held)
+
+
+def tell(study: Any, asked: Asked, outcome: float | Exception) -> None:
+    """Tell the study how a trial ended, and let go of it."""
     from optuna.trial import TrialState
 
+    with asked.held:
+        if isinstance(outcome, ConfigError | RunFailed):
+            tell_failed(study, asked.trial, outcome)
+        elif isinstance(outcome, Exception):
+            raise outcome
+        elif asked.pruned:
+            study.tell(asked.trial, state=TrialState.PRUNED)
+        else:
+            study.tell(asked.trial, outcome)
+
+
+def tell_failed(study: Any, trial: Any, error: Exception) -> None:
+    from optuna.trial import TrialState
+
+    print(f"trial {trial.number} failed: {error}", flush=True)
+    trial.set_user_attr("failed", str(error))
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def train_one_by_one(study: Any, trials: Iterator[Asked]) -> None:
     from chargpt.run.start import train_or_resume
 
-    run_dir = trial_folder(folder, trial)
-    values = {parameter.name: suggest(trial, parameter) for parameter in space.parameters}
-    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-    pruned = False
+    for asked in trials:
+        with asked.held:
+            try:
+                outcome: Any = train_or_resume(asked.config, asked.run_dir, asked.watch)
+            except (ConfigError, RunFailed) as error:
+                outcome = error
+            tell(study, asked, outcome)
 
-    def watch(step: int, loss: float) -> bool:
-        nonlocal pruned
-        if step not in reported and math.isfinite(loss):
-            trial.report(loss, step)
-        pruned = trial.should_prune()
-        return pruned
 
-    print(f"trial {trial.number}: {' '.join(spelled(values))}", flush=True)
-    try:
-        config = space.compose(values | {"wandb.group": folder.name, "wandb.name": run_dir.name})
-        run_dir.mkdir(exist_ok=True)
-        loss = train_or_resume(config, run_dir, watch)
-    except (ConfigError, RunFailed) as error:
-        print(f"trial {trial.number} failed: {error}", flush=True)
-        trial.set_user_attr("failed", str(error))
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    if pruned:
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, loss)
+def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) -> None:
+    """Train as many trials at once as one program has members; each that ends makes room.
+
+    Those of another compiled step wait until that program has no more to do, at most as many as it
+    has members.
+    """
+    from chargpt.parallel import offer_cpu_devices
+    from chargpt.run import cache, population
+    from chargpt.run.process import StopSignal
+
+    offer_cpu_devices()
+    corpora, waiting = population.Corpora(), list[Asked]()
+    working: dict[population.Job, Asked] = {}
+
+    def key(asked: Asked) -> str:
+        return population.shared_step(asked.config, corpora.of(asked.config).sha256)
+
+    def next_job(wanted: str, lanes: int) -> population.Job | None:
+        """A trial of the same step: one that waits, or a new one."""
+        found = next((asked for asked in waiting if key(asked) == wanted), None)
+        if found is not None:
+            waiting.remove(found)
+        while found is None and len(waiting) < lanes and (asked := next(trials, None)):
+            if key(asked) == wanted:
+                found = asked
+            else:
+                waiting.append(asked)
+        if found is None:
+            return None
+        job = population.Job(found.config, found.run_dir, watch=found.watch)
+        working[job] = found
+        return job
+
+    with StopSignal() as stop, cache.kept_executables(note):
+        while waiting or (waiting := list(itertools.islice(trials, 1))):
+            first = waiting[0].config
+            left = options.num_trials - waiting[0].trial.number
+            program = population.fitting(first, corpora.of(first), left, options.members)
+            more = functools.partial(next_job, key(waiting[0]), program.members or 1)
+            together = population.Population(program, more, len(waiting[0].run_dir.name))
+            for job, outcome in together.train(left * first.trainer.num_steps, stop):
+                tell(study, working.pop(job), outcome)
 
 
 def suggest(trial: Any, parameter: Parameter) -> Any:

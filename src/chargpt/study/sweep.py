@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
@@ -50,6 +49,8 @@ class SweepCallback(Callback):
             require(alone, f"--multirun: starts in one process, which starts others; {choice}")
             if side_by_side:
                 workers.check(config.hydra.launcher)
+            if gathers(config.hydra):
+                check_members(config.hydra.launcher.members)
             check_jobs(config)
         except ConfigError as error:
             sys.exit(fail(error))
@@ -132,9 +133,16 @@ def failed(error: Exception, run_dir: Path, rerun: str) -> float:
 # ---- launcher=vmap
 
 
-def gathers() -> bool:
-    """Whether the jobs of this sweep train as members of populations, when all are known."""
-    return str(HydraConfig.get().launcher["_target_"]).endswith(".PopulationLauncher")
+def gathers(hydra: Any) -> bool:
+    """Whether Hydra's configuration asks for populations: jobs train when all are known."""
+    return "PopulationLauncher" in str(hydra.launcher["_target_"])
+
+
+def check_members(members: Any) -> None:
+    """ConfigError if this is not a number of members."""
+    rule = "must be a whole number, at least 1; leave it out for as many as fit in memory"
+    known = members is None or (type(members) is int and members >= 1)
+    require(known, f"hydra.launcher.members={members}: {rule}")
 
 
 def gather(settings: Config, run_dir: Path) -> Any:
