@@ -36,6 +36,8 @@ def parts(rehearse: bool, folder: Path) -> dict[str, tuple[list[str], float]]:
     tiny = ["trainer.num_steps=2", "model.num_layers=1", "model.d_model=24", "dataset.seq_len=8"]
     tiny += ["trainer.eval_tokens=100", "trainer.sample_chars=0", "model.d_ff=null"]
     tiny += ["optimizer.warmup_steps=null"]
+    sizes = ["sizes=0.03M", "members=1/2", "rounds=1"] if rehearse else ["sizes=0.8M/10.7M"]
+    found["population"] = ["benchmarks/population.py", *sizes], 90.0
     for recipe in ("nanogpt", "record"):
         run = ["main.py", "mode=disabled", f"hydra.run.dir={folder / recipe}"]
         run += [f"experiment={recipe}", "dataset.name=shakespeare"]

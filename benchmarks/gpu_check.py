@@ -2,6 +2,7 @@
 
     make gpu-check                                    # every attention type, then recipes
     make gpu-check ARGS="standard model.d_model=768"  # one type, other sizes
+    make gpu-check ARGS=populations                   # the last table only
 
 Needs JAX's CUDA wheels but no GPU and no driver: XLA compiles for a description of the device, and
 nothing runs. So kernels are counted as compiled, without autotuning. Traffic is the sum of what
@@ -197,8 +198,32 @@ def layouts() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+def populations(mesh: Mesh) -> None:
+    """A table of what a step costs that several runs of the default size share."""
+    print(
+        "\n| members, 0.8M | kernels a step | temporary memory, MB | traffic, MB | at least, ms |"
+    )
+    print(5 * "|---" + "|")
+    place = NamedSharding(mesh, PartitionSpec())
+    config = compose(("mode=disabled",))
+    for members in (None, 1, 2, 8, 32):
+        devices = Devices(mesh, members=members)
+        if members is None:
+            lowered = cuda.training(config, VOCABULARY, STEPS, devices)
+        else:
+            lowered = cuda.population(config, VOCABULARY, STEPS, devices, lambda *_: place)
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        kernels, moved, seconds = count(compiled.as_text())
+        numbers = f"{memory / 1e6:,.0f} | {moved / 1e6:,.0f} | {1e3 * seconds:.3f}"
+        print(f"| {members or 'alone'} | {kernels} | {numbers} |", flush=True)
+
+
 def main(arguments: list[str]) -> None:
     mesh = gpus(1)
+    if arguments == ["populations"]:
+        populations(mesh)
+        return
     place = NamedSharding(mesh, PartitionSpec())
     print(f"compiled for {mesh.devices.flat[0].device_kind} by jax {jax.__version__}; not run\n")
     print(
@@ -219,6 +244,7 @@ def main(arguments: list[str]) -> None:
         cuda.evaluation(config, VOCABULARY, lambda *_: place).compile()
     if not arguments:
         layouts()
+        populations(mesh)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""A sweep of twelve small jobs: what cache and joblib launcher save, and what killing it costs.
+"""A sweep of twelve small jobs: what cache and launchers save, and what killing it costs.
 
     python benchmarks/sweep.py                        # all arms, a quarter of an hour on 2 cores
     python benchmarks/sweep.py 'arms=cached;killed' seed=1    # other moments
 
 Every arm is the same command, six attention types with two seeds each, in a folder of its own.
 `cold`: without a compilation cache. `cached`: with one that is empty at the start. `again`: with
-what `cached` left there. `side by side, …`: with launcher=joblib. `killed`: as `cached`, ended by
-SIGKILL three times at random moments and started again each time. Arms must agree in every number
-of metrics.jsonl but the clock's, in every byte of the last checkpoint's leaves and in every sample
-(side by side a job has one core, and XLA adds up in another order: these agree among themselves),
-and `killed` must not touch a job that was done. The exit code says whether they do.
+what `cached` left there. `side by side, …`: with launcher=joblib. `populations, …`: with
+launcher=vmap. `killed`: as `cached`, ended by SIGKILL three times at random moments and started
+again each time. Arms must agree in every number of metrics.jsonl but the clock's, in every byte of
+the last checkpoint's leaves and in every sample (side by side a job has one core, populations have
+other kernels, and XLA adds up in another order: each agree among themselves), and `killed` must not
+touch a job that was done. The exit code says whether they do.
 """
 
 import hashlib
@@ -48,6 +49,7 @@ ARMS = {  # launcher, cache
     "again": (None, "one"),
     "side by side, cold": ("joblib", None),
     "side by side, cached": ("joblib", "two"),
+    "populations, cold": ("vmap", None),
     "killed": (None, "three"),
 }
 

@@ -17,11 +17,19 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chargpt import generate
-from chargpt.attention import kernel
+from chargpt.attention import is_shape, kernel
 from chargpt.config import Config
 from chargpt.parallel import Devices
 from chargpt.run import evaluate
-from chargpt.train import cast, compute_dtype, init_state, make_inputs, train_steps
+from chargpt.train import (
+    Inputs,
+    cast,
+    compute_dtype,
+    init_state,
+    make_inputs,
+    train_population,
+    train_steps,
+)
 
 HOPPER = (9, 0)
 CUDNN = 92800  # 9.28, what requirements-cuda.lock installs
@@ -94,6 +102,35 @@ def training(
         inputs,
         place=devices and (lambda path, leaf: placed(devices, path, leaf)),
         on_gpu=on_gpu,
+    )
+
+
+def population(config: Config, vocabulary: int, steps: int, devices: Devices, place: Any) -> Any:
+    """As `training`, for the members that `devices` have; `place` as in `lower`."""
+    members = devices.members
+    one = shapes(init_state, config, vocabulary, 0)
+    corpus = jax.ShapeDtypeStruct((CORPUS,), jnp.int32)
+    inputs = shapes(lambda tokens: make_inputs(tokens, config), corpus)
+
+    def several(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: (
+                jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype) if is_shape(leaf) else leaf
+            ),
+            tree,
+        )
+
+    seed, numbers, until = several((inputs.seed, inputs.numbers, one.step))
+    return lower(
+        lambda states, seed, numbers, until, tokens: train_population(
+            states, Inputs(tokens, seed, numbers), until, config, steps, devices
+        ),
+        several(one),
+        seed,
+        numbers,
+        until,
+        inputs.tokens,
+        place=place,
     )
 
 

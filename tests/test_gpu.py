@@ -80,6 +80,18 @@ def test_a_training_step_has_fused_attention_and_16_bit_products_only(mha_type, 
     assert [kinds for kinds in products(text) if "f32" in kinds] == []
 
 
+def test_a_step_of_a_population_has_one_fused_kernel_for_all_members(mha_type):
+    config = config_of(mha_type)
+    devices = choose_devices(config, members=3)
+    text = cuda.population(config, VOCABULARY, STEPS, devices, None).as_text()
+    forward = text.count("@__cudnn$fmhaSoftmax(")
+    assert forward in fused_calls(config)
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == forward
+    assert_has_no(SLOW, text)
+    assert text.count("stablehlo.while") == 1
+    assert [kinds for kinds in products(text) if "f32" in kinds] == []
+
+
 def test_an_evaluation_has_fused_attention_and_16_bit_products_only(mha_type):
     config = config_of(mha_type)
     text = cuda.evaluation(config, VOCABULARY).as_text()

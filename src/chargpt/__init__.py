@@ -29,6 +29,7 @@ CHECKED = (
     "optimizer",
     "train",
     "run.evaluate",
+    "run.program",
 )
 
 install_import_hook([f"chargpt.{name}" for name in CHECKED], "beartype.beartype")

@@ -161,7 +161,11 @@ def job(run_dir: Path, *overrides: str) -> Job:
 def test_every_job_leaves_what_it_would_leave_by_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """More jobs than lanes, of several lengths; one diverges, and one cannot start."""
+    """More jobs than lanes, of several lengths; three fail, each in its own way and alone."""
+
+    def broken(step: int, loss: float) -> bool:
+        raise ValueError("unexpected")
+
     diverging = ["optimizer.learning_rate=1e30", "optimizer.grad_clip=null"]
     jobs = [
         job(tmp_path / "a", "seed=0", "optimizer.grad_clip=null", "mode=offline"),
@@ -169,10 +173,12 @@ def test_every_job_leaves_what_it_would_leave_by_itself(
         job(tmp_path / "c", "seed=1", "optimizer.grad_clip=null", "trainer.num_steps=6"),
         job(tmp_path / "d", "seed=2", "optimizer.grad_clip=null", "mode=offline"),
         job(tmp_path / "e", "dataset.name=file", f"dataset.filepath={tmp_path / 'none'}"),
+        dataclasses.replace(job(tmp_path / "f", "optimizer.grad_clip=null"), watch=broken),
     ]
     outcomes = {done.name: outcome for done, outcome in train_jobs(jobs, most=2)}
-    assert list(outcomes) == ["e", "b", "a", "c", "d"]
+    assert list(outcomes)[:2] == ["e", "b"] and {*outcomes} == {*"abcdef"}
     assert isinstance(outcomes["e"], ConfigError) and isinstance(outcomes["b"], RunFailed)
+    assert repr(outcomes["f"]) == "ValueError('unexpected')"
     assert str(outcomes["b"]).startswith("stopped at step ")
     out = capsys.readouterr().out
     assert "2 members at once" in out and out.count("attention  standard") == 1

@@ -173,7 +173,7 @@ class Loop:
     def compile(self) -> None:
         """Compile a chunk of every length that these runs need."""
         for run in self.runs:
-            run.began = time.perf_counter()
+            run.began = time.perf_counter() - self.program.compile_seconds
         if self.runs:
             self.program.compile(self._lengths(), self.inputs)
 
@@ -284,8 +284,9 @@ class Loop:
         if states.ema is not None:
             for known, raw in zip(scores, program.scores(states.model), strict=True):
                 known["val/raw_loss"] = raw["val/loss"]  # not averaged
-        for known, layers in zip(scores, program.entropies(states.averaged), strict=True):
-            known |= {f"attention_entropy/layer_{i}": layer for i, layer in enumerate(layers)}
+        for known, entropies in zip(scores, program.entropies(states.averaged), strict=True):
+            for layer, entropy in enumerate(entropies):
+                known[f"attention_entropy/layer_{layer}"] = entropy
         samples = [""] * len(self.lanes)
         if num_chars := max(run.config.trainer.sample_chars for run in due.values()):
             some = next(iter(due.values()))

@@ -21,7 +21,7 @@ from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.run import cache
 from chargpt.run.console import MemberConsole, PopulationConsole
 from chargpt.run.directory import cut_records
-from chargpt.run.loop import Loop, NotFinite, Run, next_boundary
+from chargpt.run.loop import Loop, NotFinite, Report, Run, next_boundary
 from chargpt.run.machine import memory_limit
 from chargpt.run.process import StopSignal, lock
 from chargpt.run.program import Program
@@ -134,17 +134,7 @@ class Population:
             self._say_compiled()
             with self.console.progress(num_steps, 0):
                 for run, report in self.loop.reports(stop.requested):
-                    member = self.members[run]
-                    if isinstance(report, NotFinite):
-                        error = not_finite(member.recorder, member.job.run_dir, report)
-                        yield self._end(member, error)
-                    else:
-                        member.recorder.take(report)
-                        if gives_up(member.job.watch, run, report):
-                            self.loop.leave(run)
-                            yield self._finish(member, GAVE_UP.format(run.step))
-                        elif report.is_last:
-                            yield self._finish(member)
+                    yield from self._take(self.members[run], report)
                     yield from self._fill()
             if stop.number is not None:
                 for member in list(self.members.values()):
@@ -155,6 +145,22 @@ class Population:
                 member.recorder.fail(error)
                 self._end(member, 0.0)
             raise
+
+    def _take(self, member: Member, report: Report | NotFinite) -> Iterator[tuple[Job, Outcome]]:
+        """Record a report on a member; its outcome, if that was the last."""
+        run, recorder = member.run, member.recorder
+        if isinstance(report, NotFinite):
+            yield self._end(member, not_finite(recorder, member.job.run_dir, report))
+            return
+        try:
+            recorder.take(report)
+            stops = gives_up(member.job.watch, run, report)
+        except Exception as error:  # whatever it was, the other members train
+            recorder.fail(error)
+            yield self._end(member, error)
+            return
+        if stops or report.is_last:
+            yield self._finish(member, GAVE_UP.format(run.step) if stops else None)
 
     def _fill(self) -> Iterator[tuple[Job, Outcome]]:
         """Let jobs enter the lanes that are free; those that need no training end at once."""
@@ -198,6 +204,8 @@ class Population:
 
     def _end(self, member: Member, outcome: Outcome) -> tuple[Job, Outcome]:
         self.console.forget(member.job.name)
+        if member.run in self.loop.runs:
+            self.loop.leave(member.run)
         self.members.pop(member.run, None)
         member.held.close()
         return member.job, outcome
