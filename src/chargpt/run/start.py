@@ -140,10 +140,7 @@ def _drive(process: Process, loop: Loop, run: Run) -> float:
         recorder.fail(error)
         peers.leave_if_alone(error, run.step)
         raise
-    loss = result(recorder)
-    if exit_code:
-        raise SystemExit(exit_code)
-    return loss
+    return result(recorder, exit_code)
 
 
 GAVE_UP = "at step {}: others were better there"
@@ -164,11 +161,16 @@ def not_finite(recorder: Follower, run_dir: Path, error: NotFinite) -> RunFailed
     return RunFailed(f"{error}; {kept}; {ADVICE}")
 
 
-def result(recorder: Follower) -> float:
-    """The best validation loss of a run whose records are complete; RunFailed if they are not."""
+def result(recorder: Follower, exit_code: int = 0) -> float:
+    """The best validation loss of a run whose records are complete; RunFailed if they are not.
+
+    SystemExit if a signal has stopped it, which `exit_code` then says.
+    """
     if recorder.unsaved is not None:
         problem = f"the last checkpoint could not be written ({recorder.unsaved})"
         raise RunFailed(f"{problem}; free the disk and resume")
+    if exit_code:
+        raise SystemExit(exit_code)
     loss = recorder.run.best_val_loss
     if loss is None:
         raise RunFailed(f"the validation loss was never a finite number; {ADVICE}")
