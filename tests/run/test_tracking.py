@@ -175,11 +175,11 @@ def child_whole_run(mode: str) -> None:
 
 
 def child_three_runs() -> None:
-    """Two runs, one after the other, and the first resumed: it repeats its last two lines."""
+    """Two runs at the same time, and the first resumed: it repeats its last two lines."""
     first, said = begin("online", "first")
+    second, said_by_second = begin("online", "second")
     log_all(first)
     first.finish(SUMMARY, 0)
-    second, said_by_second = begin("online", "second")
     second.log(LINES[0])
     second.finish({}, 1)
     resumed, said_by_resumed = begin("online", "first")

@@ -214,12 +214,11 @@ class Population:
         program = self.program
         if not self.members:
             return
-        megabytes = (program.memory_bytes or 0) * len(program.devices) / 1e6
         how = "read" if program.compile_cached else "compiled"
-        seconds = f"{how} in {program.compile_seconds:.1f} s"
+        used, most = (program.memory_bytes or 0) / 1e6, memory_limit() / 1e6
         self.console.say(
-            f"one program for {len(self.members)} runs, {seconds}, {megabytes:,.0f} MB; "
-            f"attention by {program.kernel}\n"
+            f"{how} one program for {len(self.members)} runs in {program.compile_seconds:.1f} s; "
+            f"{used:,.0f} of {most:,.0f} MB a device; attention by {program.kernel}\n"
         )
 
 

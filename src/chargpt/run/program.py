@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -50,7 +50,8 @@ DETERMINISTIC = {
     "xla_gpu_autotune_level": 0,
 }
 
-jitted: Any = eqx.filter_jit  # its annotations lack compiler options and `lower`
+jitted: Any = eqx.filter_jit  # its annotations lack compiler options
+each_entropy = eqx.filter_vmap(attention_entropy, in_axes=(eqx.if_array(0), None))
 
 
 class Program:
@@ -77,9 +78,6 @@ class Program:
         self.compile_seconds, self.compile_cached = 0.0, False
         self.memory_bytes: int | None = None
         self.kernel = ""  # that computes attention
-        options = compiler_options(RUNS_ONCE)
-        self._initial = jitted(self._initial_state, compiler_options=options)
-        self._entropy = jitted(self._entropies, compiler_options=options)
         self._tokens = self.devices.replicate(jnp.asarray(corpus.train))
 
     # ---- states
@@ -104,10 +102,6 @@ class Program:
         sharding = NamedSharding(mesh, PartitionSpec(first, *spec))
         return jax.ShapeDtypeStruct((self.members, *leaf.shape), leaf.dtype, sharding=sharding)
 
-    def _initial_state(self, seed: Seed) -> TrainState:
-        """Made where the layout keeps it: no device holds all of a state that is shared out."""
-        return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
-
     def initial_state(self, seed: int) -> TrainState:
         """The state of a run before its first step."""
         return self._initial(self.devices.replicate(jnp.uint32(seed)))
@@ -118,40 +112,55 @@ class Program:
             return state
         if states is None:
             return self._alike(state)
-        return self._put((state, self.devices.replicate(jnp.int32(lane))), states)
+        return self._put(states, state, self.devices.replicate(jnp.int32(lane)))
 
     def take(self, states: TrainState, lane: int) -> TrainState:
         """The state of one lane."""
         return states if self.members is None else self._take(states, jnp.int32(lane))
 
+    def _on_states(self, function: Callable[..., TrainState], **options: Any) -> Any:
+        """`function` of states and arrays, compiled.
+
+        By JAX, which forgets it together with this program: Equinox would keep both.
+        """
+        static = eqx.filter(self.shapes, is_shape, inverse=True)
+
+        def on_arrays(*given: Any) -> Any:
+            return eqx.filter(function(*given), eqx.is_array)
+
+        compiled: Any = jax.jit(on_arrays, **options)
+        return lambda *given: eqx.combine(compiled(*eqx.filter(given, eqx.is_array)), static)
+
+    @functools.cached_property
+    def _initial(self) -> Any:
+        def initial(seed: Seed) -> TrainState:
+            """Made where the layout keeps it: no device holds all of a state that is shared out."""
+            return self.devices.place(init_state(self.config, len(self.corpus.tokenizer), seed))
+
+        return self._on_states(initial, compiler_options=compiler_options(RUNS_ONCE))
+
     @functools.cached_property
     def _alike(self) -> Any:
         def alike(state: TrainState) -> TrainState:
-            arrays, static = eqx.partition(state, eqx.is_array)
             lanes = jnp.arange(self.members)
-            arrays = self.devices.vmap(lambda _: self.devices.place(arrays))(lanes)
-            return eqx.combine(arrays, static)
+            return self.devices.vmap(lambda _: self.devices.place(state))(lanes)
 
-        return jitted(alike)
+        return self._on_states(alike)
 
     @functools.cached_property
     def _put(self) -> Any:
-        def put(one: tuple[TrainState, Array], states: TrainState) -> TrainState:
-            state, lane = one
-            arrays, static = eqx.partition(states, eqx.is_array)
-            new = eqx.filter(state, eqx.is_array)
-            arrays = jax.tree.map(lambda old, new: old.at[lane].set(new), arrays, new)
-            return eqx.combine(self.devices.vmap(self.devices.place)(arrays), static)
+        def put(states: TrainState, state: TrainState, lane: Array) -> TrainState:
+            states = jax.tree.map(lambda old, new: old.at[lane].set(new), states, state)
+            return self.devices.vmap(self.devices.place)(states)
 
-        return jitted(put, donate="all-except-first")
+        return self._on_states(put, donate_argnums=0)
 
     @functools.cached_property
     def _take(self) -> Any:
         def take(states: TrainState, lane: Array) -> TrainState:
-            arrays, static = eqx.partition(states, eqx.is_array)
-            return eqx.combine(jax.tree.map(lambda leaf: leaf[lane], arrays), static)
+            return jax.tree.map(lambda leaf: leaf[lane], states)
 
-        return jitted(take)
+        return self._on_states(take)
 
     # ---- training
 
@@ -230,17 +239,14 @@ class Program:
 
     def entropies(self, model: GPT) -> list[list[float]]:
         """Of attention, the mean over heads of each layer; empty if the type has no weights."""
-        entropies = self._entropy(self._own(model), self.val_windows.inputs[:ENTROPY_WINDOWS])
+        entropy = attention_entropy if self.members is None else each_entropy
+        find = jitted(entropy, compiler_options=compiler_options(RUNS_ONCE))
+        entropies = find(self._own(model), self.val_windows.inputs[:ENTROPY_WINDOWS])
         if entropies is None:
             return [[]] * (self.members or 1)
         heads = np.asarray(entropies)
         heads = heads[None] if self.members is None else heads
         return [[float(layer.mean()) for layer in lane] for lane in heads]
-
-    def _entropies(self, model: GPT, inputs: Any) -> Array | None:
-        if self.members is None:
-            return attention_entropy(model, inputs)
-        return eqx.filter_vmap(attention_entropy, in_axes=(eqx.if_array(0), None))(model, inputs)
 
     def samples(self, model: GPT, keys: Sequence[tuple[int, int]], num_chars: int) -> list[str]:
         """Text of `num_chars` characters from each lane, drawn with its key: (seed, step)."""
