@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,11 +68,9 @@ def assert_close(one: TrainState, other: TrainState) -> None:
 def test_a_member_is_the_run_that_it_would_be_by_itself(
     mha_type: AttentionType, optimizer: str, corpus: Corpus
 ) -> None:
-    """Spread over devices, which also share the batch of each member."""
-    common = [f"model.mha_type={mha_type.name}", "trainer.num_devices=null", "model.num_layers=1"]
+    common = [f"model.mha_type={mha_type.name}", "model.num_layers=1"]
     configs = [small_config(*common, *OPTIMIZERS[optimizer], *own) for own in MEMBERS]
     together = Program(configs[0], corpus, len(configs))
-    assert (together.devices.apart, together.devices.shares) == (3, 2)
     alone = Program(configs[0], corpus)
     for member, own in zip(trained(together, configs), configs, strict=True):
         assert int(member.step) == own.trainer.num_steps
@@ -89,13 +89,13 @@ def test_a_lane_and_what_is_in_the_others_change_no_bit(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [["parallel.tensor=2"], ["parallel.fsdp=true", "parallel.data=2"]]
+    "layout", [[], ["parallel.tensor=2"], ["parallel.fsdp=true", "parallel.data=2"]]
 )
 def test_members_keep_the_layout_that_one_run_would_have(layout: list[str], corpus: Corpus) -> None:
     common = ["trainer.num_devices=null", "model.num_layers=1", *layout]
     configs = [small_config(*common, *own) for own in (MEMBERS[0], MEMBERS[2])]
     together = Program(configs[0], corpus, 2)
-    assert together.devices.apart == 2 and len(together.devices) in (4, 8)
+    assert together.devices.apart == 2 and len(together.devices) in (4, 8)  # batches are shared
     for member, own in zip(trained(together, configs), configs, strict=True):
         assert_close(member, trained(Program(own, corpus), [own])[0])
 
@@ -161,7 +161,7 @@ def job(run_dir: Path, *overrides: str) -> Job:
 def test_every_job_leaves_what_it_would_leave_by_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """More jobs than lanes, of several lengths; three fail, each in its own way and alone."""
+    """More jobs than lanes, of several lengths; four fail, each in its own way and alone."""
 
     def broken(step: int, loss: float) -> bool:
         raise ValueError("unexpected")
@@ -174,14 +174,16 @@ def test_every_job_leaves_what_it_would_leave_by_itself(
         job(tmp_path / "d", "seed=2", "optimizer.grad_clip=null", "mode=offline"),
         job(tmp_path / "e", "dataset.name=file", f"dataset.filepath={tmp_path / 'none'}"),
         dataclasses.replace(job(tmp_path / "f", "optimizer.grad_clip=null"), watch=broken),
+        job(tmp_path / "g", "trainer.num_devices=16", "trainer.batch_size=16"),
     ]
     outcomes = {done.name: outcome for done, outcome in train_jobs(jobs, most=2)}
-    assert list(outcomes)[:2] == ["e", "b"] and {*outcomes} == {*"abcdef"}
+    assert list(outcomes)[:2] == ["e", "b"] and {*outcomes} == {*"abcdefg"}
     assert isinstance(outcomes["e"], ConfigError) and isinstance(outcomes["b"], RunFailed)
     assert repr(outcomes["f"]) == "ValueError('unexpected')"
     assert str(outcomes["b"]).startswith("stopped at step ")
+    assert str(outcomes["g"]).startswith("trainer.num_devices=16: there are 8 (cpu)")
     out = capsys.readouterr().out
-    assert "2 members at once" in out and out.count("attention  standard") == 1
+    assert "room for 2 members" in out and out.count("attention  standard") == 1
     rows = [line.split()[:2] for line in out.splitlines() if line.endswith("  best")]
     assert ["a", "4"] in rows and ["c", "6"] in rows and ["d", "8"] in rows
     for one in (jobs[0], jobs[2], jobs[3]):
@@ -206,3 +208,31 @@ def test_every_job_leaves_what_it_would_leave_by_itself(
     resume(tmp_path / "c", ["trainer.num_steps=8"])
     assert "not bit-exact: devices" in capsys.readouterr().out
     assert [line["trainer/step"] for line in metrics(tmp_path / "c")] == [2, 4, 6, 8]
+
+
+def test_a_signal_lets_all_members_save_and_each_continues_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(step: int, loss: float) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    jobs = [job(tmp_path / name, f"seed={name}") for name in "01"]
+    with pytest.raises(SystemExit) as ended:
+        list(train_jobs([dataclasses.replace(jobs[0], watch=stop), jobs[1]], most=2))
+    assert ended.value.code == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    for one in jobs:
+        assert f"{one.name}: stopped by a signal at step 4" in out
+        assert json.loads((one.run_dir / "summary.json").read_text())["final/step"] == 4
+        resume(one.run_dir, [])
+        assert [line["trainer/step"] for line in metrics(one.run_dir)] == [2, 4, 6, 8]
+        assert json.loads((one.run_dir / "summary.json").read_text())["population"] == 1
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[a-z]*.*")}
+    other = Job(small_config(*SMALL, "seed=0", "trainer.batch_size=8"), jobs[0].run_dir)
+    outcomes = {done: outcome for done, outcome in train_jobs([*jobs, other], most=2)}
+    assert (
+        outcomes[jobs[1]] == json.loads((tmp_path / "1/summary.json").read_text())["best/val_loss"]
+    )
+    assert "holds a run of another configuration" in str(outcomes[other])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[a-z]*.*")} == before

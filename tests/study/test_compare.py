@@ -226,13 +226,24 @@ def test_runs_that_are_alike_raise_no_doubts(result: Comparison) -> None:
             arm("b", "trainer.num_steps=800", **{"final/step": 800}),
             "training tokens differ (1,638,400, 819,200): their losses come from different budgets",
         ),
+        (
+            arm("b", population=8),
+            "* of a program that trains several runs: not those of a run alone",
+        ),
         (arm("b", seeds=[1]), "only one seed, so no spread: b; add seed=0,1,2"),
         (arm("b", seeds=[3, 4]), "no seed in common with a, so no paired difference: b"),
     ],
-    ids=["texts", "devices", "versions", "tokens", "one seed", "other seeds"],
+    ids=["texts", "devices", "versions", "tokens", "population", "one seed", "other seeds"],
 )
 def test_what_makes_numbers_less_comparable_is_mentioned(other: Arm, expected: str) -> None:
     assert doubts([arm("a"), other, arm("c")]) == [expected]
+
+
+def test_numbers_of_a_program_that_several_runs_shared_are_marked() -> None:
+    alone, shared = rows([arm("a"), arm("b", population=8)])
+    marked = [name for name, (text, _) in zip(COLUMNS, shared, strict=True) if text.endswith("*")]
+    assert marked == ["train tok/s", "decode tok/s", "memory", "time"]
+    assert not any(text.endswith("*") for text, _ in alone)
 
 
 def test_doubts_count_within_an_arm_too_and_a_single_arm_needs_no_seeds() -> None:

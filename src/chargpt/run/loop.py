@@ -124,11 +124,14 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.began
 
 
+Ends = dict[int, tuple[Run, int, int]]  # by lane: (run, its last step, how many steps)
+
+
 @dataclasses.dataclass
 class Chunk:
     """Steps that the device has been given."""
 
-    ends: dict[int, tuple[Run, int, int]]  # by lane: (run, its last step, how many steps)
+    ends: Ends
     metrics: StepMetrics
     dispatched: float
 
@@ -197,7 +200,15 @@ class Loop:
                 stopped = stop()
             if stopped:
                 break
-            chunk = self._start()
+            ends = self._ends()
+            length = max(count for _, _, count in ends.values())
+            if length not in self.program.compiled:  # runs have entered
+                if pending is not None:  # its time does not count compilation
+                    yield from self._settle(pending)
+                    pending = None
+                    continue
+                self.program.compile([length], self.inputs)
+            chunk = self._start(ends, length)
             if pending is not None:
                 yield from self._settle(pending)
             pending = chunk
@@ -207,15 +218,17 @@ class Loop:
         if pending is not None:
             yield from self._settle(pending, saves=("last",))
 
-    def _start(self) -> Chunk:
-        """Give the device every run's steps to its next boundary."""
+    def _ends(self) -> Ends:
+        """Every run's steps to its next boundary."""
         ends = {}
         for lane, run in enumerate(self.lanes):
             if run is not None:
                 end = next_boundary(run.config, run.step)
                 ends[lane] = run, end, end - run.step
-        length = max(count for _, _, count in ends.values())
-        self.program.compile([length], self.inputs)  # nothing to do, unless runs have entered
+        return ends
+
+    def _start(self, ends: Ends, length: int) -> Chunk:
+        """Give the device these steps, `length` at most for each run."""
         until = [ends[lane][1] if lane in ends else 0 for lane in range(len(self.lanes))]
         assert self.states is not None
         with self.stalls.watch("start of steps"):

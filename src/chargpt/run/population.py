@@ -15,7 +15,7 @@ import jax
 
 from chargpt.config import Config, options, settings_of
 from chargpt.corpus import Corpus, load_corpus
-from chargpt.errors import ConfigError, note
+from chargpt.errors import ConfigError, note, require
 from chargpt.optimizer import hyperparameters
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.run import cache
@@ -26,7 +26,7 @@ from chargpt.run.machine import memory_limit
 from chargpt.run.process import StopSignal, lock
 from chargpt.run.program import Program
 from chargpt.run.recorder import Recorder
-from chargpt.run.resume import check_corpus, restore
+from chargpt.run.resume import check_corpus, is_complete, restore
 from chargpt.run.start import BY_SIGNAL, GAVE_UP, Watch, gives_up, not_finite, result
 
 Outcome = float | Exception  # the best validation loss, or why there is none
@@ -39,8 +39,9 @@ class Job:
     config: Config
     run_dir: Path
     loss: float | None = None  # if it is done
+    held: contextlib.ExitStack | None = None  # the lock on `run_dir`, if it is taken already
     watch: Watch | None = None
-    rerun: str = ""  # the command for this job alone
+    first_command: str = ""  # that trains this job alone, if it has not begun
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ class Member:
 
 
 def shared_step(config: Config, corpus_sha256: str) -> str:
-    """What the compiled step of a run depends on: runs of which it is equal can be one program."""
+    """What the compiled step of a run depends on: runs with the same can be one program."""
     every = settings_of(config)
     fixed = {
         name: every[name]
@@ -76,7 +77,8 @@ def shared_step(config: Config, corpus_sha256: str) -> str:
 def number_of_lanes(config: Config, jobs: int, most: int | None) -> int:
     """How many of `jobs` train at once: all, or equal parts of them, at most `most`.
 
-    More than devices are rounded up to fill all of them: a lane that is empty takes no time.
+    If there are more lanes than devices, their number is rounded up to a multiple: the extra lanes
+    cost no time, since the devices wait for the fullest one.
     """
     rounds = 1 if most is None else -(-jobs // most)
     lanes = -(-jobs // rounds)
@@ -86,7 +88,7 @@ def number_of_lanes(config: Config, jobs: int, most: int | None) -> int:
 
 
 def fitting(config: Config, corpus: Corpus, jobs: int, most: int | None) -> Program:
-    """The program for as many members as `most` lets, or, if that is None, as fit in memory."""
+    """The program for as many members as `most` allows, or, if that is None, as fit in memory."""
     chosen, first = most, next_boundary(config, 0)
     while True:
         lanes = number_of_lanes(config, jobs, chosen)
@@ -116,14 +118,17 @@ class Corpora:
 class Population:
     """Jobs of one `shared_step`, which train until there is no next one, or a signal comes."""
 
-    def __init__(self, program: Program, next_job: Callable[[], Job | None], names: int = 0):
+    def __init__(
+        self, program: Program, next_job: Callable[[], Job | None], stop: StopSignal, names: int = 0
+    ):
         """`names`: the width of the longest name among the jobs."""
-        self.program, self.next_job = program, next_job
+        self.program, self.next_job, self.stop = program, next_job, stop
+        self.step = shared_step(program.config, program.corpus.sha256)
         self.loop = Loop(program)
         self.console = PopulationConsole(names)
         self.members: dict[Run, Member] = {}
 
-    def train(self, num_steps: int, stop: StopSignal) -> Iterator[tuple[Job, Outcome]]:
+    def train(self, num_steps: int) -> Iterator[tuple[Job, Outcome]]:
         """Every job and how it ended; `num_steps` of all jobs together are what the bar shows.
 
         If a signal stops it, all save; then SystemExit with the usual code (128 + signal).
@@ -133,82 +138,107 @@ class Population:
             self.loop.compile()
             self._say_compiled()
             with self.console.progress(num_steps, 0):
-                for run, report in self.loop.reports(stop.requested):
+                for run, report in self.loop.reports(self.stop.requested):
                     yield from self._take(self.members[run], report)
                     yield from self._fill()
-            if stop.number is not None:
+            if self.stop.number is not None:
                 for member in list(self.members.values()):
-                    self._finish(member, BY_SIGNAL.format(member.run.step), 128 + stop.number)
-                raise SystemExit(128 + stop.number)
+                    self._stop(member, 128 + self.stop.number)
+                raise SystemExit(128 + self.stop.number)
         except BaseException as error:
             for member in list(self.members.values()):
-                member.recorder.fail(error)
-                self._end(member, 0.0)
+                self._end(member, error)
             raise
 
     def _take(self, member: Member, report: Report | NotFinite) -> Iterator[tuple[Job, Outcome]]:
         """Record a report on a member; its outcome, if that was the last."""
+        try:
+            loss = self._record(member, report)
+        except Exception as error:  # whatever it was, the other members train
+            yield self._end(member, error), error
+        else:
+            if loss is not None:
+                yield self._end(member), loss
+
+    def _record(self, member: Member, report: Report | NotFinite) -> float | None:
+        """The loss of a member that trains no more."""
         run, recorder = member.run, member.recorder
         if isinstance(report, NotFinite):
-            yield self._end(member, not_finite(recorder, member.job.run_dir, report))
-            return
+            raise not_finite(recorder, member.job.run_dir, report)
+        recorder.take(report)
+        stops = gives_up(member.job.watch, run, report)
+        if not (stops or report.is_last):
+            return None
+        recorder.finish(0, GAVE_UP.format(run.step) if stops else None)
+        return result(recorder)
+
+    def _stop(self, member: Member, exit_code: int) -> None:
+        """Complete the records of a run that will continue another time."""
+        recorder, problem = member.recorder, None
         try:
-            recorder.take(report)
-            stops = gives_up(member.job.watch, run, report)
-        except Exception as error:  # whatever it was, the other members train
-            recorder.fail(error)
-            yield self._end(member, error)
-            return
-        if stops or report.is_last:
-            yield self._finish(member, GAVE_UP.format(run.step) if stops else None)
+            recorder.finish(exit_code, BY_SIGNAL.format(member.run.step))
+        except Exception as error:
+            problem = error
+        if problem or recorder.unsaved:
+            self.console.say(f"{member.job.name}: not saved ({problem or recorder.unsaved})")
+        self._end(member, problem)
 
     def _fill(self) -> Iterator[tuple[Job, Outcome]]:
         """Let jobs enter the lanes that are free; those that need no training end at once."""
-        while None in self.loop.lanes and (job := self.next_job()) is not None:
+        while None in self.loop.lanes and self.stop.number is None:
+            if (job := self.next_job()) is None:
+                return
             try:
-                member = self._enter(job)
+                loss = self._enter(job)
             except Exception as error:  # whatever it was, the other jobs train
                 yield job, error
-                continue
-            if member.run.ended:
-                yield self._finish(member)
+            else:
+                if loss is not None:
+                    yield job, loss
 
-    def _enter(self, job: Job) -> Member:
+    def _enter(self, job: Job) -> float | None:
+        """Let a job train; its loss if there is nothing left to train."""
         console, header, state, sizes = MemberConsole(self.console, job.name), None, None, {}
         config = job.config
-        with contextlib.ExitStack() as held:
-            held.enter_context(lock(job.run_dir))
+        with job.held or contextlib.ExitStack() as held:
+            if job.held is None:
+                held.enter_context(lock(job.run_dir))
             if (job.run_dir / "config.yaml").exists():
                 config, restored = restore(job.run_dir, [], console.say, self.program.devices)
+                same = shared_step(config, self.program.corpus.sha256) == self.step
+                require(same, f"{job.run_dir}: holds a run of another configuration")
                 if restored is not None:
                     state, header = restored
                     check_corpus(header, self.program.corpus)
+                    if is_complete(job.run_dir, config, header):
+                        return header.best_val_loss
                     sizes = header.record_sizes
                 cut_records(job.run_dir, sizes)
             run = Run(self.program, config, header)
             recorder = Recorder(run, job.run_dir, console)
-            self.loop.enter(run, state)
+            try:
+                self.loop.enter(run, state)
+                if run.ended:  # all but its summary
+                    recorder.finish(0, None)
+                    return result(recorder)
+            except Exception as error:
+                recorder.fail(error)
+                raise
             console.begin(run.step)
             self.members[run] = Member(job, run, recorder, held.pop_all())
-        return self.members[run]
+        return None
 
-    def _finish(
-        self, member: Member, stopped: str | None = None, exit_code: int = 0
-    ) -> tuple[Job, Outcome]:
-        """Complete the records of a run that trains no more."""
-        try:
-            member.recorder.finish(exit_code, stopped)
-            return self._end(member, result(member.recorder))
-        except Exception as error:
-            return self._end(member, error)
-
-    def _end(self, member: Member, outcome: Outcome) -> tuple[Job, Outcome]:
+    def _end(self, member: Member, error: BaseException | None = None) -> Job:
+        """Let go of a run that trains no more."""
+        if error is not None:
+            with contextlib.suppress(Exception):  # it was perhaps the disk that failed
+                member.recorder.fail(error)
         self.console.forget(member.job.name)
         if member.run in self.loop.runs:
             self.loop.leave(member.run)
         self.members.pop(member.run, None)
         member.held.close()
-        return member.job, outcome
+        return member.job
 
     def _say_compiled(self) -> None:
         program = self.program
@@ -243,7 +273,13 @@ def train_jobs(jobs: Sequence[Job], most: int | None) -> Iterator[tuple[Job, Out
             if not waiting:
                 continue
             config, num_steps = group[0].config, sum(job.num_steps for job in waiting)
-            program = fitting(config, corpora.of(config), len(group), most)
             next_job = functools.partial(next, iter(waiting), None)
-            width = max(len(job.name) for job in group)
-            yield from Population(program, next_job, width).train(num_steps, stop)
+            width, left = max(len(job.name) for job in group), dict.fromkeys(waiting)
+            try:
+                program = fitting(config, corpora.of(config), len(group), most)
+                for job, outcome in Population(program, next_job, stop, width).train(num_steps):
+                    left.pop(job)
+                    yield job, outcome
+            except Exception as error:  # of the program, not of a job: other groups train
+                for job in left:
+                    yield job, error

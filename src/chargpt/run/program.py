@@ -19,7 +19,6 @@ from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_
 from chargpt.errors import require
 from chargpt.generate import generate
 from chargpt.model import GPT
-from chargpt.optimizer import hyperparameters
 from chargpt.parallel import MEMBERS, choose_devices
 from chargpt.run import cache
 from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
@@ -33,6 +32,7 @@ from chargpt.train import (
     cast,
     compute_dtype,
     init_state,
+    make_inputs,
     random_key,
     train_population,
     train_steps,
@@ -166,23 +166,23 @@ class Program:
 
     def inputs(self, configs: Sequence[Config]) -> Inputs:
         """The inputs of a step: of the one run, or stacked, of each lane's."""
-        each = [(jnp.uint32(config.seed), hyperparameters(config)) for config in configs]
+        each = [make_inputs(self._tokens, config) for config in configs]
+        own = [(inputs.seed, inputs.numbers) for inputs in each]
         if self.members is not None:
-            each = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)]
-        return Inputs(self._tokens, *self.devices.replicate(each[0]))
+            own = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)]
+        return Inputs(self._tokens, *self.devices.replicate(own[0]))
 
     def compile(self, lengths: Iterable[int], inputs: Inputs) -> None:
         """Compile training by so many steps, each of `lengths`, where that is not done yet."""
-        begin, reads = time.perf_counter(), cache.reads
         for length in sorted({*lengths} - {*self.compiled}):
-            self.compiled[length] = self._compile(length, inputs)
-        self.compile_seconds += time.perf_counter() - begin
-        self.memory_bytes = max(map(memory_bytes, self.compiled.values()), default=None)
-        self.compile_cached = self.compile_cached or cache.reads > reads
-        # What XLA made of it, rather than what was asked for
-        texts = (steps.as_text() for steps in self.compiled.values())
-        fused = jax.default_backend() == "gpu" and any("fmha" in text for text in texts)
-        self.kernel = "cuDNN's fused kernel" if fused else "XLA"
+            begin, reads = time.perf_counter(), cache.reads
+            steps = self.compiled[length] = self._compile(length, inputs)
+            self.compile_seconds += time.perf_counter() - begin
+            self.compile_cached |= cache.reads > reads
+            self.memory_bytes = max(self.memory_bytes or 0, memory_bytes(steps))
+            # What XLA made of it, rather than what was asked for
+            fused = jax.default_backend() == "gpu" and "fmha" in steps.as_text()
+            self.kernel = "cuDNN's fused kernel" if fused else "XLA"
 
     def _compile(self, num_steps: int, inputs: Inputs) -> Any:
         static = eqx.filter(self.shapes, is_shape, inverse=True)

@@ -58,7 +58,7 @@ class Recorder(Follower):
             "flops_per_token": self.program.flops_per_token,
             "device": device_name(),
             "num_devices": len(self.program.devices),
-            "population": self.program.members or 1,  # runs in the program, which shared its time
+            "population": self.program.members or 1,  # runs that the program has room for
             "dataset": self.config.dataset.name.name,
             "corpus_sha256": run.corpus.sha256,
             "versions": versions(),
@@ -168,8 +168,8 @@ class Recorder(Follower):
         program, model, corpus = self.program, self.config.model, self.run.corpus
         changed = [f"{name}={spell(value)}" for name, value in differences(self.config).items()]
         apart = program.devices.apart
-        shared = f"{program.members} members at once" if program.members else ""
-        shared += f" on {apart} parts of it, " if apart > 1 else ", " if shared else ""
+        shared = f"room for {program.members} members" if program.members else ""
+        shared += f" on {apart} groups of devices, " if apart > 1 else ", " if shared else ""
         shared += f"batch shared by {program.devices.shares} {program.devices.reason}".rstrip()
         shared += f", layers by {program.devices.tensor}" if program.devices.tensor > 1 else ""
         shared += ", the state too" if program.devices.fsdp else ""
@@ -197,6 +197,8 @@ class Recorder(Follower):
         self.console.show_start(facts, program.parameters, notes)
 
     def say_compiled(self) -> None:
+        if not self.program.compiled:  # nothing is left to train
+            return
         how = "read the compiled" if self.program.compile_cached else "compiled the"
         by = f"attention by {self.program.kernel}"
         self.console.say(f"{how} training step in {self.program.compile_seconds:.1f} s; {by}\n")

@@ -11,7 +11,7 @@ from chargpt.corpus import Corpus
 from chargpt.errors import require
 from chargpt.parallel import Devices, choose_devices
 from chargpt.run import peers
-from chargpt.run.directory import read_config
+from chargpt.run.directory import read_config, read_summary
 from chargpt.run.machine import numerics
 from chargpt.train import TrainState, compute_dtype
 
@@ -83,6 +83,14 @@ def with_overrides(
         choice = f"start another run, or leave {name}={was}"
         require(not options()[name][1].fixed, f"{problem}; {choice}")
     return new, changed
+
+
+def is_complete(run_dir: Path, config: Config, header: Header | None) -> bool:
+    """Whether a run has come to its end, and not been killed before it wrote its summary."""
+    if header is None or header.step < config.trainer.num_steps or header.best_val_loss is None:
+        return False
+    summary = read_summary(run_dir)
+    return isinstance(summary, dict) and summary.get("final/step") == header.step
 
 
 def check_corpus(header: Header, corpus: Corpus) -> None:

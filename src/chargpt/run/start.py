@@ -12,12 +12,12 @@ from chargpt.errors import RunFailed, note, require
 from chargpt.parallel import offer_cpu_devices
 from chargpt.run import cache, peers
 from chargpt.run.console import RunConsole
-from chargpt.run.directory import cut_records, read_config, read_summary
+from chargpt.run.directory import cut_records, read_config
 from chargpt.run.loop import Loop, NotFinite, Report, Run, alone
 from chargpt.run.process import StopSignal, lock
 from chargpt.run.program import Program
 from chargpt.run.recorder import Follower, Recorder
-from chargpt.run.resume import check_corpus, restore
+from chargpt.run.resume import check_corpus, is_complete, restore
 
 # (step, validation loss) at every evaluation: whether to give the run up there.
 Watch = Callable[[int, float], bool]
@@ -83,10 +83,8 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
             check_corpus(header, corpus)
             sizes = header.record_sizes
     peers.check_same(config, corpus.sha256, header.step if header else 0)
-    # Not if it was killed before it had written its summary: that is made up for
-    recorded = header and header.step == peers.shared(read_summary(run_dir).get("final/step"))[0]
-    ended = header and header.step >= config.trainer.num_steps
-    if header and header.best_val_loss is not None and ended and recorded:
+    if peers.shared(is_complete(run_dir, config, header))[0]:
+        assert header is not None and header.best_val_loss is not None
         choice = "write a larger trainer.num_steps to continue"
         console.say(f"already complete at step {header.step}; {choice}")
         return header.best_val_loss

@@ -88,9 +88,7 @@ def doubts(arms: Sequence[Arm]) -> list[str]:
     tokens = [f"{t.num_steps * t.batch_size * seq_len:,}" for t, seq_len in trainers]
     differ("training tokens", tokens, "their losses come from different budgets")
     if any(map(in_population, arms)):
-        sizes = dict.fromkeys(f"{run.number('population') or 1:g}" for run in runs)
-        problem = f"{SHARED} of programs that train several runs ({', '.join(sizes)} at once)"
-        found.append(f"{problem}: not comparable with those of runs alone")
+        found.append(f"{SHARED} of a program that trains several runs: not those of a run alone")
     single = ", ".join(arm.name for arm in arms if len(arm.runs) == 1)
     if single and len(arms) > 1:
         found.append(f"only one seed, so no spread: {single}; add seed=0,1,2")

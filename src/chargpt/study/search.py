@@ -165,6 +165,7 @@ class Asked:
     reported: set[int]  # steps of which the study knows the loss
     held: contextlib.ExitStack
     pruned: bool = False
+    step: str = ""  # what its compiled step depends on, if several train at once
 
     def watch(self, step: int, loss: float) -> bool:
         """Report a loss; whether others were better there."""
@@ -242,16 +243,26 @@ def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) 
     corpora, waiting = population.Corpora(), list[Asked]()
     working: dict[population.Job, Asked] = {}
 
-    def key(asked: Asked) -> str:
-        return population.shared_step(asked.config, corpora.of(asked.config).sha256)
+    def with_steps() -> Iterator[Asked]:
+        """The trials, each with what its compiled step depends on."""
+        for asked in trials:
+            try:
+                corpus = corpora.of(asked.config)
+            except ConfigError as error:
+                tell(study, asked, error)
+            else:
+                asked.step = population.shared_step(asked.config, corpus.sha256)
+                yield asked
 
-    def next_job(wanted: str, lanes: int) -> population.Job | None:
+    more = with_steps()
+
+    def next_job(step: str, lanes: int) -> population.Job | None:
         """A trial of the same step: one that waits, or a new one."""
-        found = next((asked for asked in waiting if key(asked) == wanted), None)
+        found = next((asked for asked in waiting if asked.step == step), None)
         if found is not None:
             waiting.remove(found)
-        while found is None and len(waiting) < lanes and (asked := next(trials, None)):
-            if key(asked) == wanted:
+        while found is None and len(waiting) < lanes and (asked := next(more, None)):
+            if asked.step == step:
                 found = asked
             else:
                 waiting.append(asked)
@@ -262,13 +273,18 @@ def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) 
         return job
 
     with StopSignal() as stop, cache.kept_executables(note):
-        while waiting or (waiting := list(itertools.islice(trials, 1))):
-            first = waiting[0].config
-            left = options.num_trials - waiting[0].trial.number
-            program = population.fitting(first, corpora.of(first), left, options.members)
-            more = functools.partial(next_job, key(waiting[0]), program.members or 1)
-            together = population.Population(program, more, len(waiting[0].run_dir.name))
-            for job, outcome in together.train(left * first.trainer.num_steps, stop):
+        while waiting or (waiting := list(itertools.islice(more, 1))):
+            first, config = waiting[0], waiting[0].config
+            ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+            left = max(1, options.num_trials - ended)
+            try:
+                program = population.fitting(config, corpora.of(config), left, options.members)
+            except (ConfigError, RunFailed) as error:
+                tell(study, waiting.pop(0), error)
+                continue
+            supply = functools.partial(next_job, first.step, program.members or 1)
+            together = population.Population(program, supply, stop, len(first.run_dir.name))
+            for job, outcome in together.train(left * config.trainer.num_steps):
                 tell(study, working.pop(job), outcome)
 
 

@@ -150,13 +150,19 @@ def gather(settings: Config, run_dir: Path) -> Any:
     from chargpt.run.population import Job
 
     wait_for_others(run_dir)
+    held = contextlib.ExitStack()  # until the job has ended: the same command may be typed twice
+    held.enter_context(lock(run_dir, wait=True))
     (run_dir / FAILED).unlink(missing_ok=True)
     try:
         begun = (run_dir / "config.yaml").exists()
         loss = done_before(settings, run_dir) if begun else None
-    except ConfigError as error:
+    except Exception as error:
+        held.close()
         return failed(error, run_dir, rerun_command(settings, run_dir))
-    return Job(settings, run_dir, loss, rerun=rerun_command(settings, run_dir))
+    if loss is not None:
+        held.close()
+    first = command(workers.alone(settings, run_dir, task_overrides()))
+    return Job(settings, run_dir, loss, held, first_command=first)
 
 
 def train_gathered(jobs: Sequence[Any], members: int | None) -> list[float]:
@@ -168,7 +174,9 @@ def train_gathered(jobs: Sequence[Any], members: int | None) -> list[float]:
     losses: dict[int, Any] = {id(job): job.loss for job in pending}
     for job, outcome in train_jobs(pending, members):
         if isinstance(outcome, Exception):
-            losses[id(job)] = failed(outcome, job.run_dir, job.rerun)
+            begun = (job.run_dir / "config.yaml").exists()
+            rerun = resume_command(job.run_dir) if begun else job.first_command
+            losses[id(job)] = failed(outcome, job.run_dir, rerun)
         else:
             losses[id(job)] = outcome
     return [losses.get(id(job), job) for job in jobs]
@@ -189,8 +197,12 @@ def wait_for_others(run_dir: Path) -> None:
 def rerun_command(settings: Config, run_dir: Path) -> str:
     """The command for this one job, as the sweep itself would try it again."""
     if (run_dir / "config.yaml").exists():
-        return command([f"resume={quoted(str(run_dir))}"])
+        return resume_command(run_dir)
     return command(workers.alone(settings, run_dir, task_overrides()))
+
+
+def resume_command(run_dir: Path) -> str:
+    return command([f"resume={quoted(str(run_dir))}"])
 
 
 def under_way() -> bool:
