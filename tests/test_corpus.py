@@ -23,6 +23,7 @@ from chargpt.corpus import (
     make_windows,
     sample_batch,
     shuffled,
+    sliding_windows,
 )
 from chargpt.errors import ConfigError
 
@@ -329,3 +330,29 @@ def test_a_cap_keeps_evenly_spaced_windows(length, seq_len, max_tokens):
     if len(gaps):
         assert places[-1] == len(everything.inputs) - 1 and gaps.max() - gaps.min() <= 1
     assert 1 <= capped.num_targets <= max(max_tokens, seq_len)
+
+
+@pytest.mark.parametrize("length", [2, 5, 9, 10, 40])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_sliding_windows_predict_every_character_once_from_a_long_context(
+    length: int, stride: int
+) -> None:
+    tokens, seq_len = np.arange(100, 100 + length), 8
+    windows = sliding_windows(tokens, seq_len, stride)
+    predicted = windows.targets[windows.weights == 1]
+    np.testing.assert_array_equal(np.sort(predicted), tokens[1:])
+    assert windows.num_targets == length - 1 and set(np.unique(windows.weights)) <= {0, 1}
+    for row, column in np.argwhere(windows.weights == 1):
+        context = windows.inputs[row, : column + 1]
+        assert windows.targets[row, column] == context[-1] + 1  # the next one
+        assert (np.diff(context) == 1).all()
+        seen = windows.targets[row, column] - tokens[0]  # characters before it in the text
+        assert len(context) >= min(seen, seq_len - stride + 1)
+
+
+def test_sliding_by_whole_windows_is_the_plain_split() -> None:
+    plain, slid = make_windows(np.arange(50), 8), sliding_windows(np.arange(50), 8, 8)
+    for left, right in zip(vars(plain).values(), vars(slid).values(), strict=True):
+        kept = plain.weights == 1
+        np.testing.assert_array_equal(left[kept], right[kept])
+        assert left.shape == right.shape

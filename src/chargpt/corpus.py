@@ -171,3 +171,18 @@ def make_windows(
     if max_tokens is not None and max_tokens < num_targets:
         kept = np.linspace(0, num_windows - 1, max(1, max_tokens // seq_len)).round().astype(int)
     return Windows(*(part.reshape(num_windows, seq_len)[kept] for part in (*rows, weights)))
+
+
+def sliding_windows(tokens: Int[np.ndarray, " split"], seq_len: int, stride: int) -> Windows:
+    """Windows that begin `stride` after one another; each adds the last characters of its own.
+
+    So every character is predicted once, and from seq_len - stride characters or more, where the
+    text before it has so many.
+    """
+    num_targets = len(tokens) - 1
+    number = 1 + max(0, math.ceil((num_targets - seq_len) / stride))
+    place = np.arange(seq_len) + stride * np.arange(number)[:, None]
+    padded = np.pad(tokens, (0, place[-1, -1] + 2 - len(tokens)))
+    new = np.arange(seq_len) >= seq_len - stride
+    weights = (place < num_targets) & (new | (np.arange(number)[:, None] == 0))
+    return Windows(padded[place], padded[place + 1], weights.astype(np.float32))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from chargpt.checkpoint import Which, open_run
 from chargpt.config import DatasetConfig, DatasetName, Precision
-from chargpt.corpus import CharTokenizer, Windows, load_corpus, make_windows
+from chargpt.corpus import CharTokenizer, Windows, load_corpus, make_windows, sliding_windows
 from chargpt.errors import note, require
 from chargpt.model import GPT
 from chargpt.parallel import Devices
@@ -103,6 +103,7 @@ class EvaluateOptions:
     checkpoint: Which = Which.best  # best | last
     dataset_name: DatasetName | None = None  # null = the run's own validation split
     dataset_filepath: str | None = None  # with dataset.name=file
+    stride: int | None = None  # also from longer contexts: windows that begin so far apart
 
 
 @kept_executables(note)
@@ -110,6 +111,9 @@ def evaluate_run(options: EvaluateOptions) -> None:
     """Print the scores of a saved model, one per line."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
     config, name, filepath = header.config, options.dataset_name, options.dataset_filepath
+    seq_len, stride, precision = config.dataset.seq_len, options.stride, config.trainer.precision
+    inside = f"stride={stride}: must be between 1 and {seq_len}, the context of that run"
+    require(stride is None or 1 <= stride <= seq_len, inside)
     note(f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}")
     if name is None:
         require(filepath is None, "dataset.filepath: write dataset.name=file as well")
@@ -118,8 +122,20 @@ def evaluate_run(options: EvaluateOptions) -> None:
     else:
         dataset = dataclasses.replace(config.dataset, name=name, filepath=filepath)
         tokens = known_tokens(dataset, CharTokenizer(header.vocabulary))
-    windows = make_windows(tokens, config.dataset.seq_len)
-    scores = evaluate(state.averaged, windows, eval_batch_size(windows), config.trainer.precision)
+    windows = make_windows(tokens, seq_len)
+    scores = evaluate(state.averaged, windows, eval_batch_size(windows), precision)
+    if stride is not None:
+        print(f"windows of {seq_len} that do not overlap:")
+    show(scores)
+    if stride is not None:
+        windows = sliding_windows(tokens, seq_len, stride)
+        scores = evaluate(state.averaged, windows, eval_batch_size(windows), precision)
+        context = f"{seq_len - stride + 1} or more (but for the beginning)"
+        print(f"windows that begin {stride} apart, each character predicted from {context}:")
+        show(scores)
+
+
+def show(scores: dict[str, float]) -> None:
     print(f"loss      {scores['val/loss']:.4f} nats per character")
     print(f"bits      {scores['val/bpc']:.4f} per character")
     print(f"accuracy  {scores['val/accuracy']:.2%}")
