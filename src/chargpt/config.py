@@ -242,6 +242,7 @@ class TrainerConfig(Group):
     checkpoint_every: int = incidental(least=1)
     sample_chars: int = incidental(400, least=0)
     max_skipped_steps: int = incidental(10, least=1)
+    patience: int | None = option(None, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -353,6 +354,15 @@ class Config:
     def alone(self) -> "Config":
         """Without what holds for one process only, as a run keeps it."""
         return dataclasses.replace(self, distributed=DistributedConfig.of({}))
+
+    def ends_at(self, step: int, best_step: int | None) -> bool:
+        """Whether a run whose best evaluation was at `best_step` trains no more after `step`."""
+        trainer = self.trainer
+        if step >= trainer.num_steps:
+            return True
+        if trainer.patience is None or best_step is None:
+            return False
+        return step // trainer.eval_every - best_step // trainer.eval_every >= trainer.patience
 
     @property
     def num_devices(self) -> int | None:

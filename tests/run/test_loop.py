@@ -7,8 +7,10 @@ import pytest
 from conftest import small_config
 
 from chargpt.corpus import Corpus, load_corpus
+from chargpt.run.directory import read_run
 from chargpt.run.loop import Loop, Report, Run, alone
 from chargpt.run.program import Program
+from chargpt.run.start import resume, train
 
 TRAINER = {
     "num_steps": 8,
@@ -67,6 +69,26 @@ def test_a_report_asks_for_checkpoints_while_the_state_is_that_of_its_step(corpu
             assert report.is_best == ("best" in report.saves) == (run.best_step == run.step)
     assert list(saves) == [3, 4, 6, 8]
     assert saves[3] == saves[6] == ("last",) and saves[4] == ("last", "best")
+
+
+def test_a_run_without_a_new_best_ends_early_as_at_its_end_and_can_be_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = ["optimizer.learning_rate=1e-30", "trainer.eval_every=2", "trainer.patience=2"]
+    trainer = [f"trainer.{name}={value}" for name, value in TRAINER.items()]
+    config = small_config("model.num_layers=1", "mode=disabled", *trainer, *lost)
+    loss = train(config, tmp_path)
+    out = capsys.readouterr().out
+    assert "at step 6: no new best in 2 evaluations" in out and "trainer.patience=null" in out
+    run = read_run(tmp_path)
+    assert run.finished and run.best_loss == loss
+    assert (run.summary["best/step"], run.summary["final/step"]) == (2, 6)
+    assert run.summary["decode_tokens_per_second"] > 0
+    assert resume(tmp_path, []) == loss
+    said = capsys.readouterr().out
+    assert "already complete at step 6; write trainer.patience=null to continue" in said
+    resume(tmp_path, ["trainer.patience=null"])
+    assert read_run(tmp_path).summary["final/step"] == 8 and read_run(tmp_path).finished
 
 
 def test_a_loop_that_is_stopped_reports_the_current_step_and_asks_to_save_it(

@@ -80,9 +80,10 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether it reached its last step, and a loss."""
-        step = self.number("final/step") or 0
-        return step >= self.config.trainer.num_steps and self.best_loss < math.inf
+        """Whether it reached its end, and a loss."""
+        step, best_step = (self.number(name) for name in ("final/step", "best/step"))
+        best_step = None if best_step is None else int(best_step)
+        return self.config.ends_at(int(step or 0), best_step) and self.best_loss < math.inf
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

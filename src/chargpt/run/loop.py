@@ -66,7 +66,16 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return self.step >= self.config.trainer.num_steps
+        return self.config.ends_at(self.step, self.best_step)
+
+    def ends_with(self, val_loss: float) -> bool:
+        """Whether it ends at this step if this is its loss here."""
+        best_step = self.step if self._is_best(val_loss) else self.best_step
+        return self.config.ends_at(self.step, best_step)
+
+    def _is_best(self, val_loss: float) -> bool:
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        return val_loss < best  # NaN never is
 
     def boundaries(self) -> Iterator[int]:
         """The steps, from here to the end, at which something is due."""
@@ -110,8 +119,7 @@ class Run:
         """`line` with what is known of the model by validation, and whether it is the best yet."""
         line |= known
         self.final_val_loss = line["val/loss"]
-        best = math.inf if self.best_val_loss is None else self.best_val_loss
-        is_best = line["val/loss"] < best  # NaN never is
+        is_best = self._is_best(line["val/loss"])
         if is_best:
             self.best_val_loss, self.best_step = line["val/loss"], self.step
         if self.best_val_loss is not None:
@@ -274,7 +282,7 @@ class Loop:
                 report = run.judge(line, *known[lane])
             else:
                 report = Report(line, saves=("last",) if run.saves(end) else saves)
-            report.is_last = end == run.config.trainer.num_steps
+            report.is_last = lane in due and run.ended
             if report.saves:
                 assert self.states is not None
                 run.state = self.program.take(self.states, lane)
@@ -305,7 +313,7 @@ class Loop:
             some = next(iter(due.values()))
             keys = [((run or some).config.seed, (run or some).step) for run in self.lanes]
             samples = program.samples(states.averaged, keys, num_chars)
-            if ended := [run for run in due.values() if run.ended]:
+            if ended := [r for lane, r in due.items() if r.ends_with(scores[lane]["val/loss"])]:
                 begin = time.perf_counter()  # again: now it is compiled
                 program.samples(states.averaged, keys, num_chars)
                 speed = num_chars / (time.perf_counter() - begin)

@@ -205,6 +205,10 @@ class Recorder(Follower):
 
     def _show_end(self, summary: dict[str, Any], stopped: str | None) -> None:
         run, best, speed = self.run, summary["best/val_loss"], summary["tokens_per_second"]
+        early = run.ended and run.step < self.config.trainer.num_steps
+        if early and stopped is None:
+            evaluations = f"{self.config.trainer.patience} evaluations"
+            stopped = f"at step {run.step}: no new best in {evaluations}"
         at_best = f"nats per character, at step {run.best_step}"
         seconds = f"{summary['train_seconds']:.1f} s, compilation and evaluation included"
         facts = {
@@ -219,12 +223,13 @@ class Recorder(Follower):
         path = str(self.run_dir).removeprefix(f"{Path.cwd()}/")
         this, text = f"run={shlex.quote(path)}", "dataset.name=file dataset.filepath=TEXT"
         resume, longer = f"resume={quoted(path)}", f"trainer.num_steps={2 * run.step}"
-        finished = run.step >= self.config.trainer.num_steps
+        if early:
+            longer = "trainer.patience=null"
         commands = {
-            "continue": None if finished else command([resume]),
+            "continue": None if run.ended else command([resume]),
             "write more text": f'chargpt sample {this} prompt="HAMLET:"',
             "score another text": f"chargpt evaluate {this} {text}",
-            "train longer": command([resume, longer]) if finished else None,
+            "train longer": command([resume, longer]) if run.ended else None,
             "send this offline run to Weights & Biases": self.wandb.sync_command,
         }
         self.console.show_end(facts, run.sample, commands)

@@ -87,7 +87,9 @@ def with_overrides(
 
 def is_complete(run_dir: Path, config: Config, header: Header | None) -> bool:
     """Whether a run has come to its end, and not been killed before it wrote its summary."""
-    if header is None or header.step < config.trainer.num_steps or header.best_val_loss is None:
+    if header is None or header.best_val_loss is None:
+        return False
+    if not config.ends_at(header.step, header.best_step):
         return False
     summary = read_summary(run_dir)
     return isinstance(summary, dict) and summary.get("final/step") == header.step

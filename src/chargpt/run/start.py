@@ -86,6 +86,8 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
     if peers.shared(is_complete(run_dir, config, header))[0]:
         assert header is not None and header.best_val_loss is not None
         choice = "write a larger trainer.num_steps to continue"
+        if header.step < config.trainer.num_steps:
+            choice = "write trainer.patience=null to continue"
         console.say(f"already complete at step {header.step}; {choice}")
         return header.best_val_loss
     if peers.is_first():
