@@ -14,7 +14,7 @@ import pytest
 from conftest import small_config
 from programs import metrics
 
-from chargpt import config
+from chargpt import checkpoint, config
 from chargpt.config import AttentionType, Config
 from chargpt.corpus import Corpus, load_corpus
 from chargpt.errors import ConfigError, RunFailed
@@ -208,6 +208,21 @@ def test_every_job_leaves_what_it_would_leave_by_itself(
     resume(tmp_path / "c", ["trainer.num_steps=8"])
     assert "not bit-exact: devices" in capsys.readouterr().out
     assert [line["trainer/step"] for line in metrics(tmp_path / "c")] == [2, 4, 6, 8]
+
+
+def test_a_signal_lets_a_member_save_that_is_not_due_to(tmp_path: Path) -> None:
+    """It has entered late: nothing is due of it where another one is evaluated and stopped."""
+
+    def stop(step: int, loss: float) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    late, short = job(tmp_path / "late"), job(tmp_path / "short", "trainer.num_steps=2")
+    first = dataclasses.replace(job(tmp_path / "first"), watch=stop)
+    with pytest.raises(SystemExit):
+        list(train_jobs([first, short, late], most=2))
+    assert checkpoint.read_header(late.run_dir / "checkpoints" / "last.eqx")[0].step == 2
+    assert json.loads((late.run_dir / "summary.json").read_text())["final/step"] == 2
 
 
 def test_a_signal_lets_all_members_save_and_each_continues_by_itself(

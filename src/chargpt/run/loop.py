@@ -212,7 +212,7 @@ class Loop:
             length = max(count for _, _, count in ends.values())
             if length not in self.program.compiled:  # runs have entered
                 if pending is not None:  # its time does not count compilation
-                    yield from self._settle(pending)
+                    yield from self._settle(pending, saves=("last",))
                     pending = None
                     continue
                 self.program.compile([length], self.inputs)
@@ -221,7 +221,8 @@ class Loop:
                 yield from self._settle(pending)
             pending = chunk
             if any(run.saves(end) for run, end, _ in chunk.ends.values()):
-                yield from self._settle(pending)
+                # Runs of which nothing is due save too: a signal may come next
+                yield from self._settle(pending, saves=("last",))
                 pending = None
         if pending is not None:
             yield from self._settle(pending, saves=("last",))
@@ -248,7 +249,10 @@ class Loop:
     def _settle(
         self, chunk: Chunk, saves: tuple[str, ...] = ()
     ) -> Iterator[tuple[Run, Report | NotFinite]]:
-        """Wait for a chunk; a report on each run in it, evaluated where that is due."""
+        """Wait for a chunk; a report on each run in it, evaluated where that is due.
+
+        `saves` are due of all, if the states are still those of the chunk's end.
+        """
         with self.stalls.watch("end of steps"):
             metrics = jax.tree.map(np.asarray, chunk.metrics)
         now = time.perf_counter()
@@ -272,16 +276,13 @@ class Loop:
         if due:
             with self.stalls.watch("evaluation"):
                 known = self._evaluate(due)
-        for lane, (run, end, _) in present.items():
+        for lane, (run, _, _) in present.items():
             line = lines[lane]
             if isinstance(line, NotFinite):
                 self.leave(run)
                 yield run, line
                 continue
-            if lane in due:
-                report = run.judge(line, *known[lane])
-            else:
-                report = Report(line, saves=("last",) if run.saves(end) else saves)
+            report = run.judge(line, *known[lane]) if lane in due else Report(line, saves=saves)
             report.is_last = lane in due and run.ended
             if report.saves:
                 assert self.states is not None
