@@ -176,8 +176,8 @@ def make_windows(
 def sliding_windows(tokens: Int[np.ndarray, " split"], seq_len: int, stride: int) -> Windows:
     """Windows that begin `stride` after one another; each adds the last characters of its own.
 
-    So every character is predicted once, and from seq_len - stride characters or more, where the
-    text before it has so many.
+    So every character is predicted once, and from seq_len - stride + 1 characters or more, where
+    the text before it has so many.
     """
     num_targets = len(tokens) - 1
     number = 1 + max(0, math.ceil((num_targets - seq_len) / stride))

@@ -16,13 +16,7 @@ COLUMNS = (  # of an evaluation: metric, title, width, format
     ("val/accuracy", "accuracy", 8, ".2%"),
     ("trainer/seconds", "seconds", 7, ".1f"),
 )
-MEMBER = "member"  # the title of their names
-HEADER = "   ".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
-
-
-def evaluation(metrics: Mapping[str, int | float]) -> str:
-    """A row under HEADER."""
-    return "   ".join(f"{metrics[name]:{width}{form}}" for name, _, width, form in COLUMNS)
+MEMBER = "member"  # the title of the names of a population's runs
 
 
 class RunConsole:
@@ -78,7 +72,6 @@ class RunConsole:
         self._task = self._bar.add_task("", total=num_steps, completed=completed, status="")
         with self._bar:
             yield
-        self._bar.remove_task(self._task)
 
     def show_step(self, metrics: dict[str, int | float], best: float | None) -> None:
         """The newest numbers: on the bar, or as a line."""
@@ -91,13 +84,21 @@ class RunConsole:
 
     def show_evaluation(self, metrics: dict[str, int | float], is_best: bool, sample: str) -> None:
         """A permanent row, and the beginning of what the model writes now, on one line."""
-        if self._header_due:
-            self.say(HEADER, "bold")
-            self._header_due = False
-        self.say(evaluation(metrics) + ("  best" if is_best else ""))
+        self._show_row(metrics, is_best)
         if sample:
             line = " / ".join(part for part in sample.split("\n") if part.strip())
             self.say("        " + line[: max(20, self._console.width - 10)], "dim")
+
+    def _show_row(
+        self, metrics: dict[str, int | float], is_best: bool, title: str = "", name: str = ""
+    ) -> None:
+        """COLUMNS of an evaluation, under their titles, perhaps with a first one."""
+        if self._header_due:
+            titles = "   ".join(f"{text:>{width}}" for _, text, width, _ in COLUMNS)
+            self.say(title + titles, "bold")
+            self._header_due = False
+        cells = (f"{metrics[key]:{width}{form}}" for key, _, width, form in COLUMNS)
+        self.say(name + "   ".join(cells) + ("  best" if is_best else ""))
 
     def show_end(
         self, facts: dict[str, str | None], sample: str, commands: dict[str, str | None]
@@ -140,7 +141,7 @@ class MemberConsole(RunConsole):
         self._population.count(self._name, metrics)
 
     def show_evaluation(self, metrics: dict[str, int | float], is_best: bool, sample: str) -> None:
-        self._population.show_row(self._name, metrics, is_best)
+        self._population.show_member(self._name, metrics, is_best)
 
     def show_end(
         self, facts: dict[str, str | None], sample: str, commands: dict[str, str | None]
@@ -179,8 +180,6 @@ class PopulationConsole(RunConsole):
         """A member has left: its speed counts no more."""
         self._speeds.pop(name, None)
 
-    def show_row(self, name: str, metrics: dict[str, int | float], is_best: bool) -> None:
-        if self._header_due:
-            self.say(f"{MEMBER:<{self._width}}  {HEADER}", "bold")
-            self._header_due = False
-        self.say(f"{name:<{self._width}}  {evaluation(metrics)}{'  best' if is_best else ''}")
+    def show_member(self, name: str, metrics: dict[str, int | float], is_best: bool) -> None:
+        title, name = (f"{text:<{self._width}}  " for text in (MEMBER, name))
+        self._show_row(metrics, is_best, title, name)

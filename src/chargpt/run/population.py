@@ -119,7 +119,7 @@ class Population:
     """Jobs of one `shared_step`, which train until there is no next one, or a signal comes."""
 
     def __init__(
-        self, program: Program, next_job: Callable[[], Job | None], stop: StopSignal, names: int = 0
+        self, program: Program, next_job: Callable[[], Job | None], stop: StopSignal, names: int
     ):
         """`names`: the width of the longest name among the jobs."""
         self.program, self.next_job, self.stop = program, next_job, stop
@@ -198,8 +198,8 @@ class Population:
 
     def _enter(self, job: Job) -> float | None:
         """Let a job train; its loss if there is nothing left to train."""
-        console, header, state, sizes = MemberConsole(self.console, job.name), None, None, {}
-        config = job.config
+        console = MemberConsole(self.console, job.name)
+        config, state, header = job.config, None, None
         with job.held or contextlib.ExitStack() as held:
             if job.held is None:
                 held.enter_context(lock(job.run_dir))
@@ -212,8 +212,7 @@ class Population:
                     check_corpus(header, self.program.corpus)
                     if is_complete(job.run_dir, config, header):
                         return header.best_val_loss
-                    sizes = header.record_sizes
-                cut_records(job.run_dir, sizes)
+                cut_records(job.run_dir, header.record_sizes if header else {})
             run = Run(self.program, config, header)
             recorder = Recorder(run, job.run_dir, console)
             try:

@@ -77,11 +77,9 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
             problem = "holds a run of another configuration; write hydra.run.dir=DIR"
             require(old == expected, f"{run_dir}: {problem}")
         config, restored = restore(run_dir, overrides, console.say)
-        corpus, sizes, header = load_corpus(config.dataset), {}, None
-        if restored is not None:
-            header = restored[1]
+        corpus, header = load_corpus(config.dataset), restored[1] if restored else None
+        if header is not None:
             check_corpus(header, corpus)
-            sizes = header.record_sizes
     peers.check_same(config, corpus.sha256, header.step if header else 0)
     if peers.shared(is_complete(run_dir, config, header))[0]:
         assert header is not None and header.best_val_loss is not None
@@ -91,7 +89,7 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
         console.say(f"already complete at step {header.step}; {choice}")
         return header.best_val_loss
     if peers.is_first():
-        cut_records(run_dir, sizes)
+        cut_records(run_dir, header.record_sizes if header else {})
     return _drive(process, *alone(Program(config, corpus), config, restored))
 
 

@@ -195,7 +195,7 @@ def ask(study: Any, options: SearchOptions, space: Space, folder: Path) -> Itera
 
 
 def tell(study: Any, asked: Asked, outcome: float | Exception) -> None:
-    """Tell the study how a trial ended, and let go of it."""
+    """Tell the study how a trial ended, and let go of it; an unexpected error is raised again."""
     from optuna.trial import TrialState
 
     with asked.held:
@@ -221,12 +221,11 @@ def train_one_by_one(study: Any, trials: Iterator[Asked]) -> None:
     from chargpt.run.start import train_or_resume
 
     for asked in trials:
-        with asked.held:
-            try:
-                outcome: Any = train_or_resume(asked.config, asked.run_dir, asked.watch)
-            except (ConfigError, RunFailed) as error:
-                outcome = error
-            tell(study, asked, outcome)
+        try:
+            outcome: Any = train_or_resume(asked.config, asked.run_dir, asked.watch)
+        except Exception as error:
+            outcome = error
+        tell(study, asked, outcome)
 
 
 def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) -> None:

@@ -92,7 +92,7 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
     """Skip, resume or train a job; its best validation loss, infinity if it failed."""
     shared = launched() is not None  # by processes on a cluster, which train() lets decide together
     if not shared:
-        wait_for_others(run_dir)
+        hold(run_dir).close()
     (run_dir / FAILED).unlink(missing_ok=True)
     try:
         if shared or not (run_dir / "config.yaml").exists():
@@ -104,7 +104,7 @@ def run_job(settings: Config, run_dir: Path, train: Train, resume: Resume) -> fl
             raise
         return math.inf  # its worker is stopped; the others save before the sweep ends
     except Exception as error:  # whatever it was, the other jobs run
-        return failed(error, run_dir, rerun_command(settings, run_dir))
+        return failed(error, run_dir, first_command(settings, run_dir))
 
 
 def done_before(settings: Config, run_dir: Path) -> float | None:
@@ -119,13 +119,18 @@ def done_before(settings: Config, run_dir: Path) -> float | None:
     return record.best_loss
 
 
-def failed(error: Exception, run_dir: Path, rerun: str) -> float:
-    """Say why a job failed, and leave it in its directory; infinity, its loss."""
+def failed(error: Exception, run_dir: Path, first: str) -> float:
+    """Say why a job failed, and leave it in its directory; infinity, its loss.
+
+    `first` is the command that begins this job alone; one that has begun is resumed instead.
+    """
     if isinstance(error, ConfigError | RunFailed):
         fail(error)
     else:
         traceback.print_exception(error)
     reason = " ".join(f"{type(error).__name__}: {error}".split())
+    begun = (run_dir / "config.yaml").exists()
+    rerun = command([f"resume={quoted(str(run_dir))}"]) if begun else first
     (run_dir / FAILED).write_text(f"{reason}\n{rerun}\n", encoding="utf-8")
     return math.inf
 
@@ -149,19 +154,17 @@ def gather(settings: Config, run_dir: Path) -> Any:
     """What a job would train; infinity if it has failed already."""
     from chargpt.run.population import Job
 
-    wait_for_others(run_dir)
-    held = contextlib.ExitStack()  # until the job has ended: the same command may be typed twice
-    held.enter_context(lock(run_dir, wait=True))
+    held = hold(run_dir)  # until the job has ended: the same command may be typed twice
+    first = first_command(settings, run_dir)
     (run_dir / FAILED).unlink(missing_ok=True)
     try:
         begun = (run_dir / "config.yaml").exists()
         loss = done_before(settings, run_dir) if begun else None
     except Exception as error:
         held.close()
-        return failed(error, run_dir, rerun_command(settings, run_dir))
+        return failed(error, run_dir, first)
     if loss is not None:
         held.close()
-    first = command(workers.alone(settings, run_dir, task_overrides()))
     return Job(settings, run_dir, loss, held, first_command=first)
 
 
@@ -174,9 +177,7 @@ def train_gathered(jobs: Sequence[Any], members: int | None) -> list[float]:
     losses: dict[int, Any] = {id(job): job.loss for job in pending}
     for job, outcome in train_jobs(pending, members):
         if isinstance(outcome, Exception):
-            begun = (job.run_dir / "config.yaml").exists()
-            rerun = resume_command(job.run_dir) if begun else job.first_command
-            losses[id(job)] = failed(outcome, job.run_dir, rerun)
+            losses[id(job)] = failed(outcome, job.run_dir, job.first_command)
         else:
             losses[id(job)] = outcome
     return [losses.get(id(job), job) for job in jobs]
@@ -185,24 +186,20 @@ def train_gathered(jobs: Sequence[Any], members: int | None) -> list[float]:
 # ---- jobs and their processes
 
 
-def wait_for_others(run_dir: Path) -> None:
-    """Wait until no process trains in `run_dir`: it may be finishing this very job."""
-    with contextlib.suppress(ConfigError), lock(run_dir):
-        return
-    print(f"{run_dir}: another process trains in it: waiting", flush=True)
-    with lock(run_dir, wait=True):
-        pass
+def hold(run_dir: Path) -> contextlib.ExitStack:
+    """The lock on `run_dir`, once no other process trains in it: it may be finishing this job."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(run_dir))
+        except ConfigError:
+            print(f"{run_dir}: another process trains in it: waiting", flush=True)
+            held.enter_context(lock(run_dir, wait=True))
+        return held.pop_all()
 
 
-def rerun_command(settings: Config, run_dir: Path) -> str:
-    """The command for this one job, as the sweep itself would try it again."""
-    if (run_dir / "config.yaml").exists():
-        return resume_command(run_dir)
+def first_command(settings: Config, run_dir: Path) -> str:
+    """The command that begins this one job, as the sweep itself would."""
     return command(workers.alone(settings, run_dir, task_overrides()))
-
-
-def resume_command(run_dir: Path) -> str:
-    return command([f"resume={quoted(str(run_dir))}"])
 
 
 def under_way() -> bool:
