@@ -11,7 +11,7 @@ import time
 import jax
 from train import machine
 
-from chargpt.attention.kernel import dot_product_attention
+from chargpt.attention.kernel import CAUSAL, dot_product_attention
 
 SIZES = [(16, 300, 2, 32), (12, 64, 4, 32), (4, 256, 6, 64)]
 ROUNDS = 15
@@ -28,7 +28,7 @@ def main() -> None:
         kernels = {
             "jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
             "chargpt": lambda q, k, v, scale=width**-0.5: dot_product_attention(
-                q, k, v, "causal", scale=scale
+                q, k, v, CAUSAL, scale=scale
             ),
         }
         best = dict.fromkeys(kernels, float("inf"))

@@ -22,7 +22,7 @@ from peers import VOCABULARY, torch_models
 from train import machine, make_config, read_sizes
 
 from chargpt.config import AttentionType, Config
-from chargpt.costs import count_parameters, kv_cache_bytes_per_token
+from chargpt.costs import count_parameters, kv_cache_bytes
 from chargpt.generate import generate
 from chargpt.model import GPT
 from chargpt.train import init_state
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
         for name, speed in best.items():
             share = ""
             if batch == 1 and name in models:
-                cache = kv_cache_bytes_per_token(models[name], jnp.float32) * seq_len / 2
+                cache = kv_cache_bytes(models[name], jnp.float32, seq_len) / 2
                 weights = 4 * (
                     sum(count_parameters(models[name]).values()) - models[name].embedding.size
                 )

@@ -22,7 +22,7 @@ from peers import VOCABULARY
 from train import Arm, machine, make_config, read_sizes
 
 from chargpt.attention.base import projection
-from chargpt.attention.kernel import dot_product_attention
+from chargpt.attention.kernel import CAUSAL, dot_product_attention
 from chargpt.config import Activation, AttentionType, Norm
 from chargpt.model import FeedForward, init_weights, make_norm, take_rows
 from chargpt.optimizer import hyperparameters, keep_unless, make_optimizer
@@ -130,7 +130,7 @@ def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, 
 
     def attention(_: None, qkv: Any) -> Any:
         scale = (width // heads) ** -0.5
-        return jax.vmap(lambda *one: dot_product_attention(*one, "causal", scale))(*qkv)
+        return jax.vmap(lambda *one: dot_product_attention(*one, CAUSAL, scale))(*qkv)
 
     def projections(square: Any, x: Any) -> Any:
         q, k, v, o = (layer.weight for layer in square)

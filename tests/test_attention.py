@@ -18,7 +18,7 @@ from chargpt.attention import (
     SelectiveAttention,
     make_attention,
 )
-from chargpt.attention.kernel import dot_product_attention
+from chargpt.attention.kernel import CAUSAL, Reading, dot_product_attention
 from chargpt.attention.rope import apply_rope
 from chargpt.config import AttentionType
 
@@ -27,7 +27,7 @@ READ = 1e-3  # an attention weight above this shows in the output
 THETAS = (None, 100.0)  # a small base: every pair rotates visibly within SEQ_LEN positions
 
 # Compiled as a whole: op by op, compiling each shape would take most of this file's time.
-forward = eqx.filter_jit(lambda attention, x: attention(x))
+forward = eqx.filter_jit(lambda attention, x, *how: attention(x, *how))
 project = eqx.filter_jit(lambda attention, x, positions: attention.project(x, positions))
 decode = eqx.filter_jit(lambda attention, x, cache, position: attention.decode(x, cache, position))
 
@@ -79,8 +79,24 @@ def rotations(positions, width: int, theta: float | None) -> np.ndarray:
     return matrices
 
 
+def causal_softmax(scores: np.ndarray, head: int) -> np.ndarray:
+    """[t, s]: how much a query reads of each key up to its own."""
+    weights = np.zeros_like(scores)
+    for i in range(len(scores)):
+        row = np.exp(scores[i, : i + 1] - scores[i, : i + 1].max())
+        weights[i, : i + 1] = row / row.sum()
+    return weights
+
+
 def multi_head_oracle(
-    x, q_weight, k_weight, v_weight, o_weight, num_heads: int, theta: float | None
+    x,
+    q_weight,
+    k_weight,
+    v_weight,
+    o_weight,
+    num_heads: int,
+    theta: float | None,
+    weigh=causal_softmax,
 ) -> np.ndarray:
     """Causal multi-head attention with RoPE: float64, one head and one query at a time."""
     x, q_weight, k_weight, v_weight, o_weight = (
@@ -93,16 +109,8 @@ def multi_head_oracle(
         rows = slice(head * width, (head + 1) * width)
         q = np.einsum("tij,tj->ti", turn, x @ q_weight[rows].T)
         k = np.einsum("tij,tj->ti", turn, x @ k_weight[rows].T)
-        heads.append(causal_average(q @ k.T / np.sqrt(width), x @ v_weight[rows].T))
+        heads.append(weigh(q @ k.T / np.sqrt(width), head) @ (x @ v_weight[rows].T))
     return np.concatenate(heads, axis=-1) @ o_weight.T
-
-
-def causal_average(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-    rows = []
-    for i in range(len(scores)):
-        weights = np.exp(scores[i, : i + 1] - scores[i, : i + 1].max())
-        rows.append(weights / weights.sum() @ values[: i + 1])
-    return np.stack(rows)
 
 
 # --- rotary position embedding
@@ -163,16 +171,16 @@ def test_dot_product_attention_serves_adjacent_groups_and_any_width_of_values(
     q, k, v = (normal(*shape, seed=i) for i, shape in enumerate(shapes))
     expected = np.stack(
         [
-            causal_average(
-                0.7 * (np.asarray(q)[:, head] @ k[:, head // (4 // num_kv_heads)].T),
-                v[:, head // (4 // num_kv_heads)],
+            causal_softmax(
+                0.7 * (np.asarray(q)[:, head] @ k[:, head // (4 // num_kv_heads)].T), head
             )
+            @ v[:, head // (4 // num_kv_heads)]
             for head in range(4)
         ],
         axis=1,
     )
-    for mask in ("causal", jnp.tri(SEQ_LEN, dtype=bool)):
-        close(eqx.filter_jit(dot_product_attention)(q, k, v, mask, scale=0.7), expected)
+    for reading in (CAUSAL, Reading(positions=(jnp.arange(SEQ_LEN), jnp.arange(SEQ_LEN)))):
+        close(eqx.filter_jit(dot_product_attention)(q, k, v, reading, scale=0.7), expected)
 
 
 # --- standard, grouped-query, multi-query
@@ -256,7 +264,7 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_queries_and_keys():
 # --- selective
 
 
-def selective_literally(attention: SelectiveAttention, x: jax.Array) -> jax.Array:
+def selective_literally(attention: SelectiveAttention, x: jax.Array, weigh=None) -> jax.Array:
     """The definition: every query makes its own key and value of every token, [t, s, m] each."""
     seq_len, width = x.shape
     heads = (seq_len, seq_len, attention.num_heads, attention.head_dim)
@@ -276,7 +284,10 @@ def selective_literally(attention: SelectiveAttention, x: jax.Array) -> jax.Arra
     )
     keys = jnp.einsum("sab,tsnb->tsna", turn, keys)
     scores = jnp.einsum("tnh,tsnh->nts", queries, keys) / np.sqrt(attention.head_dim)
-    weights = jax.nn.softmax(jnp.where(jnp.tri(seq_len, dtype=bool), scores, -jnp.inf), axis=-1)
+    if weigh is None:
+        weights = jax.nn.softmax(jnp.where(jnp.tri(seq_len, dtype=bool), scores, -jnp.inf), axis=-1)
+    else:
+        weights = np.stack([weigh(np.asarray(rows), head) for head, rows in enumerate(scores)])
     return (
         jnp.einsum("nts,tsnh->tnh", weights, values).reshape(seq_len, width)
         @ attention.o_proj.weight.T
@@ -346,7 +357,7 @@ def make_mla(
     )
 
 
-def mla_literally(a: MultiHeadLatentAttention, x) -> np.ndarray:
+def mla_literally(a: MultiHeadLatentAttention, x, weigh=causal_softmax) -> np.ndarray:
     """DeepSeek-V2's equations in float64, head by head."""
     x = np.asarray(x, np.float64)
     dn, dr, dv, r = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
@@ -372,7 +383,7 @@ def mla_literally(a: MultiHeadLatentAttention, x) -> np.ndarray:
         up_head = up[:, head * (dn + dv) : (head + 1) * (dn + dv)]
         q_rope = np.einsum("tij,tj->ti", turn, q_head[:, dn:])
         scores = (q_head[:, :dn] @ up_head[:, :dn].T + q_rope @ k_rope.T) / np.sqrt(dn + dr)
-        heads.append(causal_average(scores, up_head[:, dn:]))
+        heads.append(weigh(scores, head) @ up_head[:, dn:])
     return np.concatenate(heads, axis=-1) @ weight(a.o_proj).T
 
 
@@ -393,11 +404,12 @@ def test_mla_absorbed_equals_expanded(q_lora_rank, theta):
         eqx.filter_jit(attention.read_absorbed),
         eqx.filter_jit(attention.read_expanded),
     )
-    mask = jnp.tri(SEQ_LEN, dtype=bool)
-    close(absorbed(queries, entries, mask), expanded(queries, entries, mask))
+    everything = expanded(queries, entries, CAUSAL)
+    close(absorbed(queries, entries, CAUSAL), everything)
     for i in (0, SEQ_LEN - 1):  # one query, as in decoding
         one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], queries)
-        close(absorbed(one, entries, mask[i : i + 1]), expanded(queries, entries, mask)[i : i + 1])
+        reading = Reading(positions=(jnp.array([i]), jnp.arange(SEQ_LEN)))
+        close(absorbed(one, entries, reading), everything[i : i + 1])
 
 
 def test_mla_decodes_one_token_without_expanding_the_cache(monkeypatch):
@@ -610,7 +622,7 @@ def test_fused_projections_split_without_loss(mha_type):
 def test_what_a_type_declares_is_what_it_has(mha_type):
     """Paths of projections, widths of products, a remark of one line."""
     attention = make(mha_type)
-    for path in (*attention.residual, *attention.fused_projections()):
+    for path in (attention.output, *attention.fused_projections()):
         assert isinstance(functools.reduce(getattr, path.split("."), attention), eqx.nn.Linear)
     score_width, value_width = attention.widths
     assert score_width > 0 and value_width > 0

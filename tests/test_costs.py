@@ -9,7 +9,7 @@ import pytest
 from conftest import layer_of, make_config, small_config
 
 from chargpt.config import Config
-from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes
 from chargpt.model import GPT
 
 VOCAB, SEQ_LEN, LAYERS = 11, 16, 2
@@ -121,8 +121,8 @@ def test_the_default_model_has_about_0_8_million_parameters():
 
 def test_cache_bytes_are_those_of_a_cache_and_halve_in_bfloat16(mha_type):
     model = model_of(mha_type.name)
-    per_token = kv_cache_bytes_per_token(model, jnp.float32)
-    assert kv_cache_bytes_per_token(model, jnp.bfloat16) == per_token / 2
+    per_token = kv_cache_bytes(model, jnp.float32, 1)
+    assert kv_cache_bytes(model, jnp.bfloat16, 1) == per_token / 2
     cache = jax.tree.leaves(eqx.filter_eval_shape(lambda: model.init_cache(SEQ_LEN)))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in cache) == SEQ_LEN * per_token
 
@@ -131,7 +131,7 @@ def test_cache_bytes_are_those_of_a_cache_and_halve_in_bfloat16(mha_type):
 @pytest.mark.parametrize("kind", KNOWN)
 def test_cache_bytes_follow_the_formula_of_each_type(kind, dtype):
     expected = LAYERS * KNOWN[kind].cache * jnp.dtype(dtype).itemsize
-    assert kv_cache_bytes_per_token(model_of(kind), dtype) == expected
+    assert kv_cache_bytes(model_of(kind), dtype, 1) == expected
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from chargpt.attention.kernel import BLOCK, MAX_BLOCKS, dot_product_attention
+from chargpt.attention.kernel import BLOCK, CAUSAL, MAX_BLOCKS, dot_product_attention
 
 
 def normal(*shape: int, seed: int) -> jax.Array:
@@ -22,7 +22,7 @@ def literal(queries, keys, values, scale):
 
 
 def causal(queries, keys, values, scale):
-    return dot_product_attention(queries, keys, values, "causal", scale)
+    return dot_product_attention(queries, keys, values, CAUSAL, scale)
 
 
 def with_gradients(function, *arrays):

@@ -327,9 +327,8 @@ def test_zero_init_starts_with_even_odds_and_blocks_that_do_nothing(mha_type):
     assert np.abs(grads.head.weight).min(axis=1).max() > 1e-3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     moved = eqx.tree_at(lambda m: m.head.weight, model, grads.head.weight)
-    if model.stacked.attention.residual:  # otherwise there is nothing to silence attention with
-        x = jax.vmap(moved.final_norm)(moved.embedding[TOKENS])
-        close(forward(moved, TOKENS), x @ moved.head.weight.T)
+    x = jax.vmap(moved.final_norm)(moved.embedding[TOKENS])
+    close(forward(moved, TOKENS), x @ moved.head.weight.T)
     close(decode(moved.unstack(), TOKENS, moved.init_cache(SEQ_LEN), 0)[0], forward(moved, TOKENS))
 
 

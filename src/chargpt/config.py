@@ -46,6 +46,9 @@ class AttentionType(StrEnum):
 Activation = StrEnum("Activation", ["relu", "gelu", "relu2", "swiglu"])
 Norm = StrEnum("Norm", ["rmsnorm", "layernorm"])
 NormPosition = StrEnum("NormPosition", ["pre", "post"])
+Positions = StrEnum("Positions", ["rope", "sinusoidal", "learned", "alibi", "none"])
+OutputGate = StrEnum("OutputGate", ["none", "head", "element"])
+Sink = StrEnum("Sink", ["none", "learned", "zero"])
 DatasetName = StrEnum("DatasetName", ["shakespeare", "tinyshakespeare", "file"])
 Match = StrEnum("Match", ["none", "params"])
 Sampling = StrEnum("Sampling", ["random", "epochs"])
@@ -156,9 +159,14 @@ class ModelConfig(Group):
     activation: Activation = fixed()
     norm: Norm = fixed()
     norm_position: NormPosition = fixed()
+    positions: Positions | None = fixed(None)
     rope: bool = fixed()
     rope_theta: float = fixed(within=POSITIVE)
     learned_positions: bool = fixed(False)
+    window: int | None = fixed(None, least=1)
+    window_pattern: str | None = fixed(None)
+    output_gate: OutputGate = fixed("none")
+    sink: Sink = fixed("none")
     qk_norm: bool = fixed()
     dropout: float = fixed(within=BELOW_ONE)
     tie_embeddings: bool = fixed(False)
@@ -171,6 +179,43 @@ class ModelConfig(Group):
         super().__post_init__()
         rule = "an output head of zeros cannot be the embedding; write model.tie_embeddings=false"
         require(not (self.zero_init and self.tie_embeddings), f"model.zero_init=true: {rule}")
+        self._check_positions()
+        pattern = self.window_pattern
+        if pattern is not None:
+            rule = f"model.window_pattern={pattern}: "
+            letters = "must consist of L (a layer with the window) and G (one without)"
+            require(bool(pattern) and set(pattern) <= {"L", "G"}, rule + letters)
+            require(self.window is not None, rule + "needs a window; write model.window=W")
+
+    def _check_positions(self) -> None:
+        """Nothing said by `positions` is said otherwise by `rope` or `learned_positions`."""
+        if self.positions is None:
+            return
+        chosen = f"model.positions={self.positions.name} says otherwise; leave one of them out"
+        no_rope = self.positions is Positions.rope and not self.rope
+        require(not no_rope, f"model.rope=false: {chosen}")
+        learned = self.learned_positions and self.positions is not Positions.learned
+        require(not learned, f"model.learned_positions=true: {chosen}")
+
+    @property
+    def has_rope(self) -> bool:
+        return self.rope if self.positions is None else self.positions is Positions.rope
+
+    @property
+    def has_learned_positions(self) -> bool:
+        chosen = self.positions is Positions.learned
+        return self.learned_positions if self.positions is None else chosen
+
+    @property
+    def has_alibi(self) -> bool:
+        return self.positions is Positions.alibi
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens a query reads, by layer; None: all."""
+        pattern = self.window_pattern or "L"
+        local = [pattern[i % len(pattern)] == "L" for i in range(self.num_layers)]
+        return tuple(self.window if here else None for here in local)
 
     @property
     def ff_width(self) -> int:

@@ -19,7 +19,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
     parts = {
         "token embedding": model.embedding,
         "position embedding": model.position_embedding,
-        f"attention, {layers}": blocks.attention,
+        f"attention, {layers}": (blocks.attention, blocks.modifiers),
         f"feed-forward, {layers}": blocks.feed_forward,
         "norms": (blocks.attention_norm, blocks.feed_forward_norm, model.final_norm),
         "output head": model.head,
@@ -31,28 +31,31 @@ def count_parameters(model: GPT) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def kv_cache_bytes_per_token(model: GPT, dtype: Any) -> int:
-    """Bytes that one token leaves in the KV cache of all layers, at compute precision `dtype`.
+def kv_cache_bytes(model: GPT, dtype: Any, seq_len: int) -> int:
+    """Bytes of all layers' KV cache with `seq_len` tokens in it, at compute precision `dtype`.
 
-    Of a model or of its shapes.
+    Of a model or of its shapes. A layer with a window keeps no more tokens than that.
     """
     arrays = eqx.filter(model, is_parameter)
     static = eqx.filter(model, is_parameter, inverse=True)
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), arrays)
-    cache = eqx.filter_eval_shape(lambda arrays: eqx.combine(arrays, static).init_cache(1), narrow)
+    cache = eqx.filter_eval_shape(
+        lambda arrays: eqx.combine(arrays, static).init_cache(seq_len), narrow
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Operations of a training step per token: 6 N + 6 L · (score width + value width) · t.
+    """Operations of a training step per token: 6 N + 6 (score width + value width) · t per layer.
 
     Floating-point, forward and backward. N counts the parameters that multiply (positions and an
     untied embedding are looked up); the attention type declares the widths, of all heads together:
-    12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B). The causal half that
-    a fused kernel skips is counted.
+    12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B); of t at most the
+    window. The causal half that a fused kernel skips is counted.
     """
     parts = count_parameters(model)
     looked_up = parts.get("position embedding", 0)
     looked_up += parts["token embedding"] if model.head else 0
     widths = sum(model.stacked.attention.widths)
-    return 6.0 * (sum(parts.values()) - looked_up) + 6.0 * model.num_layers * widths * seq_len
+    read = sum(min(seq_len, window or seq_len) for window in model.windows)
+    return 6.0 * (sum(parts.values()) - looked_up) + 6.0 * widths * read

@@ -1,6 +1,5 @@
 """The decoder-only transformer, whatever its attention type: FeedForward, Block, GPT."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,8 +11,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from chargpt.attention import AbstractAttention, abstract, make_attention, surplus_weights
 from chargpt.attention.base import Position, Stream, Weights, projection
-from chargpt.config import Activation, Match, ModelConfig, Norm, NormPosition
+from chargpt.attention.modifiers import Modifiers
+from chargpt.config import Activation, Match, ModelConfig, Norm, NormPosition, Positions
 from chargpt.errors import require
+from chargpt.positions import sinusoidal
 
 Module = TypeVar("Module", bound=eqx.Module)
 NormLayer = eqx.nn.RMSNorm | eqx.nn.LayerNorm
@@ -35,6 +36,7 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     Activation.swiglu: jax.nn.silu,  # of the gate
 }
 INIT_STD = 0.02  # GPT-2's; projections onto the residual stream take 1/sqrt(2 num_layers) of it
+POSITION_SCALE = math.sqrt(2) * INIT_STD  # sinusoidal positions are as large as embeddings then
 
 
 class FeedForward(eqx.Module):
@@ -114,6 +116,7 @@ class Block(eqx.Module):
     norm_position: NormPosition = eqx.field(static=True)
     residual_scale: float = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
+    modifiers: Modifiers  # last: what it adds leaves the initial weights of the others as they are
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         attention_key, ff_key = jax.random.split(key)
@@ -125,33 +128,44 @@ class Block(eqx.Module):
         self.norm_position = config.norm_position
         self.residual_scale = config.residual_scale
         self.dropout = config.dropout
+        modifiers_key = jax.random.fold_in(attention_key, 0)
+        self.modifiers = Modifiers(config, self.attention, key=modifiers_key)
 
-    def __call__(self, x: Stream, *, key: DropoutKey = None, sequences: int = 1) -> Stream:
+    def __call__(
+        self, x: Stream, *, window: int | None = None, key: DropoutKey = None, sequences: int = 1
+    ) -> Stream:
         """x holds `sequences` of equal length, one after another. `key` None: no dropout."""
         keys = (None, None) if key is None else jax.random.split(key)
-        attend = functools.partial(self.attention.batch, sequences=sequences)
+        reading, gate = self.modifiers.reading(window), self.modifiers.gate
+
+        def attend(x: Stream) -> Stream:
+            return self.attention.batch(x, sequences, reading, gate(x))
+
         x = self._add(x, self.attention_norm, attend, keys[0])
         return self._add(x, self.feed_forward_norm, self.feed_forward, keys[1])
 
-    def decode(self, x: Stream, cache: PyTree, position: Position) -> tuple[Stream, PyTree]:
+    def decode(
+        self, x: Stream, cache: PyTree, position: Position, window: int | None = None
+    ) -> tuple[Stream, PyTree]:
         """As `__call__`, for tokens that follow those in the cache."""
+        reading, gate = self.modifiers.reading(window), self.modifiers.gate
 
         def attend(x: Stream) -> Stream:
             nonlocal cache
-            y, cache = self.attention.decode(x, cache, position)
+            y, cache = self.attention.decode(x, cache, position, reading, gate(x))
             return y
 
         x = self._add(x, self.attention_norm, attend, None)
         return self._add(x, self.feed_forward_norm, self.feed_forward, None), cache
 
-    def attention_weights(self, x: Stream) -> Weights | None:
+    def attention_weights(self, x: Stream, window: int | None = None) -> Weights | None:
         """How much every head reads of each token; None if this attention has no weights."""
-        return self.attention.attention_weights(self._branch_input(x, self.attention_norm))
+        x = self._branch_input(x, self.attention_norm)
+        return self.attention.attention_weights(x, self.modifiers.reading(window))
 
     def residual_projections(self) -> set[str]:
         """Paths of the projections onto the residual stream."""
-        paths = {f"attention.{path}" for path in self.attention.residual}
-        return paths | {"feed_forward.down_proj"}
+        return {f"attention.{self.attention.output}", "feed_forward.down_proj"}
 
     def _branch_input(self, x: Stream, norm: NormLayer) -> Stream:
         return jax.vmap(norm)(x) if self.norm_position is NormPosition.pre else x
@@ -181,6 +195,8 @@ class GPT(eqx.Module):
     dropout: float = eqx.field(static=True)
     num_layers: int = eqx.field(static=True)
     logit_softcap: float | None = eqx.field(static=True)
+    windows: tuple[int | None, ...] = eqx.field(static=True)  # of each layer
+    sinusoidal: bool = eqx.field(static=True)
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, max_seq_len: int, *, key: PRNGKeyArray
@@ -189,7 +205,7 @@ class GPT(eqx.Module):
         embedding_key, position_key, blocks_key, head_key, init_key = jax.random.split(key, 5)
         self.embedding = INIT_STD * jax.random.normal(embedding_key, (vocab_size, config.d_model))
         self.position_embedding = None
-        if config.learned_positions:
+        if config.has_learned_positions:
             table = jax.random.normal(position_key, (max_seq_len, config.d_model))
             self.position_embedding = INIT_STD * table
         make_block = eqx.filter_vmap(lambda key: Block(config, key=key))
@@ -206,6 +222,8 @@ class GPT(eqx.Module):
         self.dropout = config.dropout
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap
+        self.windows = config.windows
+        self.sinusoidal = config.positions is Positions.sinusoidal
 
     def __call__(self, tokens: Tokens, *, key: DropoutKey = None) -> Logits:
         """Next-token logits at every position; `key` turns dropout on."""
@@ -218,20 +236,32 @@ class GPT(eqx.Module):
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
         sequences, length = tokens.shape
         x = take_rows(self.embedding, tokens.reshape(-1))
-        if self.position_embedding is not None:
-            positions = take_rows(self.position_embedding, jnp.arange(length))
+        if (positions := self._position_vectors(jnp.arange(length))) is not None:
             x = x + jnp.tile(positions, (sequences, 1))
         x = drop(x, self.dropout, embed_key)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.num_layers)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        period = self._period()
 
-        def apply_block(x: Stream, layer: Any) -> tuple[Stream, None]:
-            arrays, key = layer
-            return eqx.combine(arrays, static)(x, key=key, sequences=sequences), None
+        def apply_blocks(x: Stream, layers: Any) -> tuple[Stream, None]:
+            for layer, window in zip(apart(layers, period), self.windows, strict=False):
+                arrays, key = layer
+                block = eqx.combine(arrays, static)
+                x = block(x, window=window, key=key, sequences=sequences)
+            return x, None
 
         # Weights are stacked for the optimizer; the computation is unrolled.
-        x, _ = jax.lax.scan(apply_block, x, (arrays, keys), unroll=self.num_layers)
+        rounds = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), (arrays, keys)
+        )
+        x, _ = jax.lax.scan(apply_blocks, x, rounds, unroll=self.num_layers // period)
         return self._logits(x).reshape(sequences, length, -1)
+
+    def _period(self) -> int:
+        """The number of layers after which their windows repeat."""
+        layers = self.num_layers
+        repeats = (n for n in range(1, layers) if self.windows == self.windows[:n] * (layers // n))
+        return next(repeats, layers)
 
     @property
     def stacked(self) -> Block:
@@ -243,11 +273,11 @@ class GPT(eqx.Module):
         """How much every head reads of each token; None if this attention has no weights."""
         x = self._embed(tokens, jnp.arange(tokens.shape[0]))
         weights = []
-        for block in self.layers():
-            if (layer_weights := block.attention_weights(x)) is None:
+        for block, window in zip(self.layers(), self.windows, strict=True):
+            if (layer_weights := block.attention_weights(x, window)) is None:
                 return None
             weights.append(layer_weights)
-            x = block(x)
+            x = block(x, window=window)
         return jnp.stack(weights)
 
     def layers(self) -> tuple[Block, ...]:
@@ -267,7 +297,8 @@ class GPT(eqx.Module):
 
     def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
         """Every layer's empty KV cache."""
-        return tuple(block.attention.init_cache(max_seq_len) for block in self.layers())
+        layers = zip(self.layers(), self.windows, strict=True)
+        return tuple(block.attention.init_cache(max_seq_len, window) for block, window in layers)
 
     def decode(
         self, tokens: Tokens, cache: tuple[PyTree, ...], position: Position
@@ -275,16 +306,24 @@ class GPT(eqx.Module):
         """Logits of `t` more tokens, the first at `position`, and the cache with their entries."""
         x = self._embed(tokens, position + jnp.arange(tokens.shape[0]))
         new_cache = []
-        for block, entries in zip(self.layers(), cache, strict=True):
-            x, entries = block.decode(x, entries, position)
+        for block, entries, window in zip(self.layers(), cache, self.windows, strict=True):
+            x, entries = block.decode(x, entries, position, window)
             new_cache.append(entries)
         return self._logits(x), tuple(new_cache)
 
     def _embed(self, tokens: Tokens, positions: Tokens) -> Stream:
-        x = take_rows(self.embedding, tokens)
-        if self.position_embedding is None:
-            return x
-        return x + take_rows(self.position_embedding, positions)
+        x, vectors = take_rows(self.embedding, tokens), self._position_vectors(positions)
+        return x if vectors is None else x + vectors
+
+    def _position_vectors(self, positions: Tokens) -> Stream | None:
+        """What is added to the embeddings of tokens at `positions`, if anything is."""
+        if self.position_embedding is not None:
+            return take_rows(self.position_embedding, positions)
+        if not self.sinusoidal:
+            return None
+        return POSITION_SCALE * sinusoidal(positions, self.embedding.shape[1]).astype(
+            self.embedding.dtype
+        )
 
     def _logits(self, x: Stream) -> Logits:
         x = x if self.final_norm is None else jax.vmap(self.final_norm)(x)
@@ -293,6 +332,16 @@ class GPT(eqx.Module):
         if self.logit_softcap is None:
             return logits
         return self.logit_softcap * jnp.tanh(logits / self.logit_softcap)  # Gemma 2, 2408.00118
+
+
+def apart(tree: Any, number: int) -> list[Any]:
+    """The `number` trees whose arrays are stacked in those of `tree`; their gradients join again.
+
+    Slicing would pad the gradient of each slice with zeros, and add them all up.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [[part[0] for part in jax.lax.split(leaf, [1] * number)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(number)]
 
 
 def take_rows(table: Float[Array, "rows m"], indices: Tokens) -> Stream:

@@ -234,7 +234,7 @@ def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
         return jnp.sqrt(sum(squares))  # type: ignore[arg-type]
 
     blocks = grads.stacked
-    attention = norm(blocks.attention, blocks.attention_norm, per_layer=1)
+    attention = norm(blocks.attention, blocks.modifiers, blocks.attention_norm, per_layer=1)
     feed_forward = norm(blocks.feed_forward, blocks.feed_forward_norm, per_layer=1)
     norms = {"embedding": norm(grads.embedding, grads.position_embedding)}
     norms |= {f"attention_{layer}": part for layer, part in enumerate(attention)}

@@ -43,6 +43,8 @@ NAMES = {
 STACKED = "blocks."  # begins the path of every leaf with a leading layer axis
 BLOCK_NAMES = {  # how names within a block begin; the first match counts
     "attention.": "self_attn.",
+    "modifiers.sink": "self_attn.sinks",
+    "modifiers.": "self_attn.",
     "feed_forward.": "mlp.",
     "attention_norm.": "input_layernorm.",
     "feed_forward_norm.": "post_attention_layernorm.",

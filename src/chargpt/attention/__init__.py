@@ -12,34 +12,50 @@ from jaxtyping import PRNGKeyArray
 from chargpt.attention.base import AbstractAttention
 from chargpt.attention.grouped import GroupedQueryAttention
 from chargpt.attention.latent import MultiHeadLatentAttention
+from chargpt.attention.modifiers import Modifiers
 from chargpt.attention.reference import EquinoxAttention
 from chargpt.attention.selective import SelectiveAttention
-from chargpt.config import AttentionType, ModelConfig, require_divides, spell
-from chargpt.errors import require
+from chargpt.config import (
+    AttentionType,
+    ModelConfig,
+    OutputGate,
+    Positions,
+    Sink,
+    require_divides,
+    spell,
+)
+from chargpt.errors import ConfigError
 
-Module = TypeVar("Module", bound=eqx.Module)
+Built = TypeVar("Built")
 
 # Options that a type need not implement, with the value that asks nothing of it.
 OPTIONAL = {"qk_norm": False, "head_dim": None, "rope": True}
+# Options that cross the types, which a type has unless it refuses them, likewise.
+CROSSING = {"output_gate": OutputGate.none, "sink": Sink.none, "window": None, "alibi": False}
 
 
 def make_attention(config: ModelConfig, *, key: PRNGKeyArray) -> AbstractAttention:
     """The attention layer of `config.mha_type`; ConfigError for an option it does not accept."""
     layer = build(config, key)
-    kind = config.mha_type.name
-    for name, neutral in OPTIONAL.items():
-        value, reason = getattr(config, name), layer.refuses.get(name)
-        require(
-            value == neutral or name in layer.accepts,
-            f"model.{name}={spell(value)}: {kind} attention does not implement it"
-            + (f" ({reason})" if reason else "")
-            + f"; write model.{name}={spell(neutral)}",
+    asked = vars(config) | {"rope": config.has_rope, "alibi": config.has_alibi}
+    everything: dict[str, Any] = OPTIONAL | CROSSING
+    for name, neutral in everything.items():
+        accepted = name in layer.accepts if name in OPTIONAL else name not in layer.refuses
+        if asked[name] == neutral or accepted:
+            continue
+        reason = f" ({layer.refuses[name]})" if name in layer.refuses else ""
+        option, value = f"model.{name}", asked[name]
+        if name in ("rope", "alibi") and config.positions is not None:
+            option, value, neutral = "model.positions", config.positions, Positions.rope
+        raise ConfigError(
+            f"{option}={spell(value)}: {config.mha_type.name} attention does not implement it"
+            f"{reason}; write {option}={spell(neutral)}"
         )
     return layer
 
 
 def build(config: ModelConfig, key: PRNGKeyArray) -> AbstractAttention:
-    theta = config.rope_theta if config.rope else None
+    theta = config.rope_theta if config.has_rope else None
     d_model, num_heads = config.d_model, config.num_heads
     match config.mha_type:
         case AttentionType.standard:
@@ -71,16 +87,23 @@ def grouped(
 
 
 def surplus_weights(config: ModelConfig) -> int:
-    """How many more weights a layer of this type has than one of standard attention."""
+    """How many more weights a layer of this type has than one of standard attention.
+
+    The gate and the sink of each are counted.
+    """
+
+    def layer(config: ModelConfig, *, key: PRNGKeyArray) -> tuple[AbstractAttention, Modifiers]:
+        attention = make_attention(config, key=key)
+        return attention, Modifiers(config, attention, key=key)
 
     def size(config: ModelConfig) -> int:
-        layer = abstract(make_attention, config)
-        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(layer, is_shape)))
+        shapes = eqx.filter(abstract(layer, config), is_shape)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     return size(config) - size(dataclasses.replace(config, mha_type=AttentionType.standard))
 
 
-def abstract(make: Callable[..., Module], config: ModelConfig) -> Module:
+def abstract(make: Callable[..., Built], config: ModelConfig) -> Built:
     """What `make` builds from `config`, with shapes in place of arrays: no device is touched."""
     return eqx.filter_eval_shape(make, config, key=jax.ShapeDtypeStruct((2,), jnp.uint32))
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from chargpt.attention import base, kernel
-from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
-from chargpt.attention.kernel import Mask
+from chargpt.attention.base import AbstractAttention, Heads, Positions, Split, Stream
+from chargpt.attention.kernel import Reading
 from chargpt.attention.rope import apply_rope, require_even
 from chargpt.config import require_divides
 
@@ -74,13 +74,12 @@ class GroupedQueryAttention(AbstractAttention):
         queries = apply_rope(queries, positions, self.rope_theta)
         return queries, (apply_rope(keys, positions, self.rope_theta), values)
 
-    def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
-        out = kernel.dot_product_attention(queries, *entries, mask, scale=self.head_dim**-0.5)
-        return base.merge_heads(out, self.o_proj.weight)
+    def attend(self, queries: Queries, entries: Entries, reading: Reading) -> Heads:
+        return kernel.dot_product_attention(queries, *entries, reading, scale=self.head_dim**-0.5)
 
-    def attention_weights(self, x: Stream) -> base.Weights:
+    def attention_weights(self, x: Stream, reading: Reading = kernel.CAUSAL) -> base.Weights:
         queries, (keys, _) = self.project(x, jnp.arange(x.shape[0]))
-        return kernel.causal_weights(queries, keys, scale=self.head_dim**-0.5)
+        return kernel.attention_weights(queries, keys, reading, scale=self.head_dim**-0.5)
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from chargpt.attention import base, kernel
-from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
-from chargpt.attention.kernel import Mask
+from chargpt.attention.base import AbstractAttention, Heads, Positions, Split, Stream
+from chargpt.attention.kernel import Reading
 from chargpt.attention.rope import apply_rope, require_even
 
 Queries = tuple[Float[Array, "t n dn"], Float[Array, "t n dr"]]
 Entries = tuple[Float[Array, "s r"], Float[Array, "s dr"]]
-Heads = Float[Array, "t n v"]
 
 
 @final
@@ -105,9 +104,9 @@ class MultiHeadLatentAttention(AbstractAttention):
         k_rope = apply_rope(k_rope[:, None, :], positions, self.rope_theta)[:, 0, :]
         return (q_nope, q_rope), (latents, k_rope)
 
-    def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
+    def attend(self, queries: Queries, entries: Entries, reading: Reading) -> Heads:
         read = self.read_absorbed if queries[0].shape[0] == 1 else self.read_expanded
-        return base.merge_heads(read(queries, entries, mask), self.o_proj.weight)
+        return read(queries, entries, reading)
 
     @property
     def scale(self) -> float:
@@ -121,19 +120,19 @@ class MultiHeadLatentAttention(AbstractAttention):
         k_nope, values = jnp.split(expanded, [self.qk_nope_head_dim], axis=-1)
         return k_nope, values
 
-    def read_expanded(self, queries: Queries, entries: Entries, mask: Mask) -> Heads:
+    def read_expanded(self, queries: Queries, entries: Entries, reading: Reading) -> Heads:
         """Attention over keys and values expanded from the latents."""
         (q_nope, q_rope), (latents, k_rope) = queries, entries
         heads, shared = (q_nope, *self.expand(latents)), (q_rope, k_rope)
-        return kernel.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
+        return kernel.dot_product_attention(*heads, reading, self.scale, shared)
 
-    def read_absorbed(self, queries: Queries, entries: Entries, mask: Mask) -> Heads:
+    def read_absorbed(self, queries: Queries, entries: Entries, reading: Reading) -> Heads:
         """The same without expansion: multi-query attention with the latents as keys and values."""
         (q_nope, q_rope), (latents, k_rope) = queries, entries
         key_half, value_half = self.kv_b_halves(self.kv_b_proj.weight)
         q_latent, keys = jnp.einsum("tnd,ndr->tnr", q_nope, key_half), latents[:, None, :]
         heads, shared = (q_latent, keys, keys), (q_rope, k_rope)
-        out = kernel.dot_product_attention(*heads, mask, scale=self.scale, shared=shared)
+        out = kernel.dot_product_attention(*heads, reading, self.scale, shared)
         return jnp.einsum("tnr,nvr->tnv", out, value_half)
 
     def kv_b_halves(
@@ -144,10 +143,10 @@ class MultiHeadLatentAttention(AbstractAttention):
         key_half, value_half = jnp.split(per_head, [self.qk_nope_head_dim], axis=1)
         return key_half, value_half
 
-    def attention_weights(self, x: Stream) -> base.Weights:
+    def attention_weights(self, x: Stream, reading: Reading = kernel.CAUSAL) -> base.Weights:
         (q_nope, q_rope), (latents, k_rope) = self.project(x, jnp.arange(x.shape[0]))
         k_nope, _ = self.expand(latents)
-        return kernel.causal_weights(q_nope, k_nope, scale=self.scale, shared=(q_rope, k_rope))
+        return kernel.attention_weights(q_nope, k_nope, reading, self.scale, (q_rope, k_rope))
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from chargpt.attention import base, kernel
-from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
-from chargpt.attention.kernel import Mask
+from chargpt.attention.base import AbstractAttention, Heads, Positions, Split, Stream
+from chargpt.attention.kernel import Reading
 from chargpt.attention.rope import apply_rope, require_even
 from chargpt.config import require_divides
 
@@ -24,10 +24,11 @@ class EquinoxAttention(AbstractAttention):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"rope"})
-    refuses: ClassVar[dict[str, str]] = {
-        "qk_norm": "eqx.nn.MultiheadAttention is the reference as it is"
-    }
-    residual: ClassVar[tuple[str, ...]] = ("mha.output_proj",)
+    refuses: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("qk_norm", "sink", "output_gate", "alibi"),
+        "eqx.nn.MultiheadAttention is the reference as it is",
+    )
+    output: ClassVar[str] = "mha.output_proj"
     exported: ClassVar[dict[str, str]] = {
         "mha.query_proj.": "q_proj.",
         "mha.key_proj.": "k_proj.",
@@ -50,27 +51,30 @@ class EquinoxAttention(AbstractAttention):
     def project(self, x: Stream, positions: Positions) -> tuple[Queries, Stream]:
         return (x, positions), x
 
-    def attend(self, queries: Queries, entries: Float[Array, "s m"], mask: Mask) -> Stream:
+    def attend(self, queries: Queries, entries: Float[Array, "s m"], reading: Reading) -> Heads:
         x, positions = queries
-        key_positions = jnp.arange(entries.shape[0])
-        if isinstance(mask, str):
-            mask = key_positions[None, :] <= positions[:, None]
-        Heads = Float[Array, "_ n h"]
+        key_positions = reading.key_positions(len(entries))
+        Projected = Float[Array, "_ n h"]
 
-        def rotate(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
+        def rotate(
+            q: Projected, k: Projected, v: Projected
+        ) -> tuple[Projected, Projected, Projected]:
             q = apply_rope(q, positions, self.rope_theta)
             return q, apply_rope(k, key_positions, self.rope_theta), v
 
-        return self.mha(x, entries, entries, mask=mask, process_heads=rotate)
+        mask = reading.mask(len(x), len(entries))
+        mha = eqx.tree_at(lambda mha: mha.output_proj, self.mha, eqx.nn.Identity())
+        out = mha(x, entries, entries, mask=mask, process_heads=rotate)
+        return out.reshape(len(x), self.num_heads, -1)
 
-    def attention_weights(self, x: Stream) -> base.Weights:
+    def attention_weights(self, x: Stream, reading: Reading = kernel.CAUSAL) -> base.Weights:
         """The same formula again: Equinox keeps its weights to itself."""
         positions = jnp.arange(x.shape[0])
         queries = base.project_heads(x, self.mha.query_proj.weight, self.num_heads)
         keys = base.project_heads(x, self.mha.key_proj.weight, self.num_heads)
         queries = apply_rope(queries, positions, self.rope_theta)
         keys = apply_rope(keys, positions, self.rope_theta)
-        return kernel.causal_weights(queries, keys, scale=queries.shape[-1] ** -0.5)
+        return kernel.attention_weights(queries, keys, reading, queries.shape[-1] ** -0.5)
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from chargpt.attention import base, kernel
-from chargpt.attention.base import AbstractAttention, Positions, Split, Stream
-from chargpt.attention.kernel import Mask
+from chargpt.attention.base import AbstractAttention, Heads, Positions, Split, Stream
+from chargpt.attention.kernel import Reading
 from chargpt.attention.rope import apply_rope, require_even, rope_angles
 from chargpt.config import require_divides
 
@@ -30,7 +30,8 @@ class SelectiveAttention(AbstractAttention):
 
         k_ij = A q_i + B x_j        v_ij = C q_i + D x_j        y_i = C q_i + sum_j p_ij D x_j
 
-    (the weights p_ij sum to one), and under RoPE, R_i at the query and R_j at the key,
+    (the weights p_ij sum to one; with a sink, the skip is C q_i sum_j p_ij), and under RoPE, R_i at
+    the query and R_j at the key,
 
         (R_i q_i)·(R_j k_ij) = (R_i q_i)·(R_j B x_j) + (R_i q_i)·(R_j A q_i)
 
@@ -88,28 +89,35 @@ class SelectiveAttention(AbstractAttention):
             bias_queries = jnp.concatenate([q1 * a1 + q2 * a2, q2 * a1 - q1 * a2], axis=-1)
         return (queries, bias_queries, skip), (keys, values)
 
-    def attend(self, queries: Queries, entries: Entries, mask: Mask) -> Stream:
-        q, bias_queries, skip = queries
-        shared = self._shared(bias_queries, entries[0])
-        out = kernel.dot_product_attention(
-            q, *entries, mask, scale=self.head_dim**-0.5, shared=shared
-        )
-        return base.merge_heads(skip + out, self.o_proj.weight)
+    def attend(self, queries: Queries, entries: Entries, reading: Reading) -> Heads:
+        (q, bias_queries, skip), (keys, values) = queries, entries
+        if reading.sink is not None:  # a value of 1 everywhere: its average is sum_j p_ij
+            values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
+        shared, scale = self._shared(bias_queries, keys, reading), self.head_dim**-0.5
+        out = kernel.dot_product_attention(q, keys, values, reading, scale, shared)
+        if reading.sink is not None:
+            out, total = jnp.split(out, [self.head_dim], axis=-1)
+            skip = total * skip
+        return skip + out
 
     def _shared(
-        self, bias_queries: Float[Array, "t n h"] | None, keys: Float[Array, "s n h"]
+        self,
+        bias_queries: Float[Array, "t n h"] | None,
+        keys: Float[Array, "s n h"],
+        reading: Reading,
     ) -> kernel.Shared:
         """The queries and keys of the relative-position bias; the keys are cos and sin."""
         if bias_queries is None or self.rope_theta is None:
             return None
-        angles = rope_angles(jnp.arange(keys.shape[0]), self.head_dim, self.rope_theta)
+        positions = reading.key_positions(len(keys))
+        angles = rope_angles(positions, self.head_dim, self.rope_theta)
         table = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return bias_queries, table.astype(keys.dtype)
 
-    def attention_weights(self, x: Stream) -> base.Weights:
+    def attention_weights(self, x: Stream, reading: Reading = kernel.CAUSAL) -> base.Weights:
         (q, bias_queries, _), (keys, _) = self.project(x, jnp.arange(x.shape[0]))
-        shared = self._shared(bias_queries, keys)
-        return kernel.causal_weights(q, keys, scale=self.head_dim**-0.5, shared=shared)
+        shared = self._shared(bias_queries, keys, reading)
+        return kernel.attention_weights(q, keys, reading, self.head_dim**-0.5, shared)
 
     def remark(self) -> str | None:
         if self.rope_theta is not None:

@@ -54,7 +54,9 @@ class Recorder(Follower):
         self.derived: dict[str, Any] = {
             "mha_type": self.config.model.mha_type.name,
             "num_params": sum(self.program.parameters.values()),
-            "kv_cache_bytes_per_token": self.program.cache_bytes,
+            "kv_cache_bytes_per_token": round(
+                self.program.cache_bytes / self.config.dataset.seq_len
+            ),
             "flops_per_token": self.program.flops_per_token,
             "device": device_name(),
             "num_devices": len(self.program.devices),
@@ -178,13 +180,14 @@ class Recorder(Follower):
         losses = [f"{NAMES[name]} {loss:.3f}" for name, loss in corpus.baselines.items()]
         peak = f"{program.peak_flops / 1e9:,.0f} GFLOP/s"
         size, seq_len = program.cache_bytes, self.config.dataset.seq_len
+        positions = "rope" if model.has_rope else model.positions or "no rope"
         facts = {
-            "attention": f"{model.mha_type.name} ({'rope' if model.rope else 'no rope'})",
+            "attention": f"{model.mha_type.name} ({positions})",
             "options": " ".join(changed) or "all defaults",
             "device": f"{self.derived['device']}, {shared}, {peak} in matrix products",
             "corpus": f"{corpus.name}: {splits}, {len(corpus.tokenizer)} symbols",
             "baselines": f"{', '.join(losses)} nats per character",
-            "KV cache": f"{size:,} bytes per token, {size * seq_len:,} at {seq_len} tokens",
+            "KV cache": f"{size / seq_len:,.0f} bytes per token, {size:,} at {seq_len} tokens",
             "writes to": str(self.run_dir),
         }
         notes, blocks = [], program.shapes.model.stacked

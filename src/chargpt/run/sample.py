@@ -9,7 +9,7 @@ import numpy as np
 from chargpt.checkpoint import Header, Which, open_run
 from chargpt.config import require_at_least, require_between
 from chargpt.corpus import CharTokenizer
-from chargpt.costs import kv_cache_bytes_per_token
+from chargpt.costs import kv_cache_bytes
 from chargpt.errors import ConfigError, note, require
 from chargpt.generate import generate
 from chargpt.model import GPT
@@ -71,7 +71,7 @@ def sample(options: SampleOptions) -> None:
     run_dir, state, header = open_run(options.run, options.checkpoint)
     pieces = continue_text(state.averaged, header, options)
     dtype = compute_dtype(header.config.trainer.precision)
-    cache_bytes = kv_cache_bytes_per_token(state.model, dtype) * header.config.dataset.seq_len
+    cache_bytes = kv_cache_bytes(state.model, dtype, header.config.dataset.seq_len)
     where = f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}"
     note(f"{where}; KV cache {cache_bytes:,} bytes per sample")
     if options.num_samples == 1:
