@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from chargpt.checkpoint import Which, open_run
-from chargpt.config import DatasetConfig, DatasetName, Precision
+from chargpt.config import MAX_SEQ_LEN, Config, DatasetConfig, DatasetName, Precision
 from chargpt.corpus import CharTokenizer, Windows, load_corpus, make_windows, sliding_windows
 from chargpt.errors import note, require
 from chargpt.model import GPT
@@ -103,6 +103,7 @@ class EvaluateOptions:
     checkpoint: Which = Which.best  # best | last
     dataset_name: DatasetName | None = None  # null = the run's own validation split
     dataset_filepath: str | None = None  # with dataset.name=file
+    dataset_seq_len: int | None = None  # another context; null = that of training
     stride: int | None = None  # also from longer contexts: windows that begin so far apart
 
 
@@ -111,8 +112,12 @@ def evaluate_run(options: EvaluateOptions) -> None:
     """Print the scores of a saved model, one per line."""
     run_dir, state, header = open_run(options.run, options.checkpoint)
     config, name, filepath = header.config, options.dataset_name, options.dataset_filepath
-    seq_len, stride, precision = config.dataset.seq_len, options.stride, config.trainer.precision
-    inside = f"stride={stride}: must be between 1 and {seq_len}, the context of that run"
+    seq_len, stride, precision = (
+        context_of(options, config),
+        options.stride,
+        config.trainer.precision,
+    )
+    inside = f"stride={stride}: must be between 1 and {seq_len}, the context"
     require(stride is None or 1 <= stride <= seq_len, inside)
     note(f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}")
     if name is None:
@@ -124,7 +129,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
         tokens = known_tokens(dataset, CharTokenizer(header.vocabulary))
     windows = make_windows(tokens, seq_len)
     scores = evaluate(state.averaged, windows, eval_batch_size(windows), precision)
-    if stride is not None:
+    if stride is not None or seq_len != config.dataset.seq_len:
         print(f"windows of {seq_len} that do not overlap:")
     show(scores)
     if stride is not None:
@@ -133,6 +138,19 @@ def evaluate_run(options: EvaluateOptions) -> None:
         context = f"{seq_len - stride + 1} or more (but for the beginning)"
         print(f"windows that begin {stride} apart, each character predicted from {context}:")
         show(scores)
+
+
+def context_of(options: EvaluateOptions, config: Config) -> int:
+    """How many characters the model reads at a time; ConfigError if it cannot read so many."""
+    trained = config.dataset.seq_len
+    seq_len = options.dataset_seq_len
+    if seq_len is None:
+        return trained
+    name = f"dataset.seq_len={seq_len}"
+    require(1 <= seq_len <= MAX_SEQ_LEN, f"{name}: must be between 1 and {MAX_SEQ_LEN:,}")
+    table = f"{name}: that run has learned {trained} positions; write {trained} or fewer"
+    require(seq_len <= trained or not config.model.has_learned_positions, table)
+    return seq_len
 
 
 def show(scores: dict[str, float]) -> None:

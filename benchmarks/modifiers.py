@@ -1,0 +1,85 @@
+"""What a modifier costs: training steps with each of them beside steps without, and cache bytes.
+
+    python benchmarks/modifiers.py                            # the sizes of experiment=fast_cpu
+    python benchmarks/modifiers.py experiment=null dataset.seq_len=1024 trainer.batch_size=2
+    python benchmarks/modifiers.py rounds=9 model.mha_type=selective
+
+Arguments other than `rounds` and `steps` are overrides of a run. Rounds are interleaved; a ratio
+is the median over rounds of the time beside that of the plain model in the same round. Memory is
+what XLA allots to the compiled steps. The cache is that of a full context, per token.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+from population import Arm
+from train import machine
+
+from chargpt.compose import compose
+from chargpt.errors import ConfigError
+from chargpt.parallel import offer_cpu_devices
+
+ARMS = {
+    "plain": (),
+    "window, a quarter of the context": ("model.window=$quarter",),
+    "the same in two layers of three": ("model.window=$quarter", "model.window_pattern=LLG"),
+    "output_gate=head": ("model.output_gate=head",),
+    "output_gate=element": ("model.output_gate=element",),
+    "sink=learned": ("model.sink=learned",),
+    "sink=zero": ("model.sink=zero",),
+    "positions=alibi": ("model.positions=alibi",),
+    "positions=sinusoidal": ("model.positions=sinusoidal",),
+    "positions=learned": ("model.positions=learned",),
+    "positions=none": ("model.positions=none",),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    numbers, overrides = {"rounds": 5, "steps": 10}, ["experiment=fast_cpu", "dataset.name=shakespeare"]
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in numbers:
+            numbers[name] = int(value)
+        elif name == "experiment":
+            overrides[0] = argument
+        else:
+            overrides.append(argument)
+    offer_cpu_devices()
+    jax.config.update("jax_enable_compilation_cache", False)
+    seq_len = compose(tuple(overrides)).dataset.seq_len
+    quarter = str(max(1, seq_len // 4))
+    print(f"{machine()}, {jax.device_count()} devices; {numbers['rounds']} rounds")
+    print(f"{' '.join(overrides)}, context {seq_len}\n")
+    arms: dict[str, Arm] = {}
+    for name, own in ARMS.items():
+        own = tuple(override.replace("$quarter", quarter) for override in own)
+        try:
+            config = compose((*overrides, *own))
+        except ConfigError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        arms[name] = Arm([config], None, numbers["steps"])
+        arms[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(numbers["rounds"]):
+        for name, arm in arms.items():
+            arm()  # its arrays take the place of the last one's in the processor's caches
+            begin = time.perf_counter()
+            arm()
+            seconds[name].append(time.perf_counter() - begin)
+    print("| model | ms a step | to plain | memory, MB | cache, bytes per token |")
+    print(5 * "|---" + "|")
+    for name, arm in arms.items():
+        pairs = zip(seconds[name], seconds["plain"], strict=True)
+        ratio = statistics.median(own / plain for own, plain in pairs)
+        step = 1e3 * statistics.median(seconds[name]) / numbers["steps"]
+        megabytes = (arm.program.memory_bytes or 0) * len(arm.program.devices) / 1e6
+        cache = arm.program.cache_bytes / seq_len
+        print(f"| {name} | {step:.1f} | {ratio:.2f} | {megabytes:,.0f} | {cache:,.0f} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
