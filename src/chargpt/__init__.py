@@ -27,6 +27,7 @@ CHECKED = (
     "generate",
     "model",
     "optimizer",
+    "positions",
     "train",
     "run.evaluate",
     "run.program",
