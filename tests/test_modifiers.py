@@ -400,7 +400,7 @@ OPTIONS = {
 }
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from(AttentionType),
     st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}),
