@@ -110,9 +110,9 @@ def label_hidden(params: PyTree, hidden: Any, other: Any) -> PyTree:
 def hidden_matrices(params: PyTree) -> PyTree:
     """Which axes of every hidden weight are a matrix: the last two, each layer by itself.
 
-    So is each expert; None for everything else. Equinox's weights are [layer, out, in], yet they are
-    passed as [layer, reduction, output]: orthogonalisation and the scale used here are the same for
-    a matrix and its transpose, and XLA is slow at transposing.
+    So is each expert; None for everything else. Equinox's weights are [layer, out, in], yet they
+    are passed as [layer, reduction, output]: orthogonalisation and the scale used here are the same
+    for a matrix and its transpose, and XLA is slow at transposing.
     """
 
     def matrix(leaf: Any) -> Any:
