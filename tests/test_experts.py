@@ -22,7 +22,7 @@ from test_weights import TINY, assert_round_trip, export, names_of
 from chargpt.corpus import load_corpus
 from chargpt.costs import count_parameters, flops_per_token, idle_parameters
 from chargpt.errors import ConfigError
-from chargpt.experts import MixtureOfExperts, TopKRouter
+from chargpt.experts import MixtureOfExperts, TopKRouter, largest
 from chargpt.optimizer import label_hidden
 from chargpt.parallel import choose_devices
 from chargpt.run.program import Program
@@ -144,6 +144,14 @@ def test_gradients_are_those_of_computing_each_tokens_experts_alone(kind):
     )
     if layer.router.bias is not None:
         assert not found[0].router.bias.any()
+
+
+def test_the_largest_are_those_of_top_k_ties_included():
+    ranks = jnp.asarray(np.random.default_rng(0).integers(0, 4, (50, 6)), jnp.float32)
+    for number in (1, 2, 6):
+        _, places = jax.lax.top_k(ranks, number)
+        expected = jax.nn.one_hot(places, 6).sum(axis=1) > 0
+        np.testing.assert_array_equal(largest(ranks, number), expected)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "as it is", "sigmoid"])

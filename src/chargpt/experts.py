@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from chargpt.attention.base import Stream, projection
 from chargpt.config import ModelConfig, Router
@@ -57,8 +57,7 @@ class TopKRouter(eqx.Module):
             scores = jax.nn.sigmoid(logits)
             ranks = scores + jax.lax.stop_gradient(self.bias)
             probabilities = normalised(scores)
-        _, places = jax.lax.top_k(ranks, self.experts_per_token)
-        chosen = jax.nn.one_hot(places, self.num_experts).sum(axis=1)  # products, not a scatter
+        chosen = largest(ranks, self.experts_per_token).astype(jnp.float32)
         shares = scores * chosen
         load, probability = chosen.mean(axis=0) / self.experts_per_token, probabilities.mean(axis=0)
         routing = Routing(
@@ -68,6 +67,17 @@ class TopKRouter(eqx.Module):
             z_loss=jnp.square(jax.nn.logsumexp(logits, axis=1)).mean(),
         )
         return normalised(shares) if self.renormalise else shares, routing
+
+
+def largest(ranks: Shares, number: int) -> Bool[Array, "t e"]:
+    """Which of them are the largest of each token; of equal ones the first.
+
+    By comparing all pairs: `jax.lax.top_k` of a batch that devices share would gather it.
+    """
+    own, other = ranks[:, :, None], ranks[:, None, :]
+    earlier = jnp.tri(ranks.shape[1], k=-1, dtype=bool)
+    ahead = (other > own) | ((other == own) & earlier)
+    return ahead.sum(axis=2) < number
 
 
 def normalised(shares: Shares) -> Shares:
@@ -108,12 +118,9 @@ class MixtureOfExperts(eqx.Module):
     def routed(self, x: Stream) -> tuple[Stream, Routing]:
         """The output, and what the router did."""
         shares, routing = self.router(x)
-        down = self.experts.down_proj.weight
         hidden = self.experts.hidden(x).reshape(*shares.shape, -1)
         weighed = hidden * shares.astype(x.dtype)[:, :, None]
-        # One product; as an einsum over e and f, XLA for a CPU takes half as long again
-        flat = jnp.einsum("emf->efm", down).reshape(-1, x.shape[1])
-        y = jnp.einsum("tf,fm->tm", weighed.reshape(x.shape[0], -1), flat)
+        y = jnp.einsum("tef,emf->tm", weighed, self.experts.down_proj.weight)
         return y if self.shared_experts is None else y + self.shared_experts(x), routing
 
     @property
