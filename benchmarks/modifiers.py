@@ -38,7 +38,10 @@ ARMS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    numbers, overrides = {"rounds": 5, "steps": 10}, ["experiment=fast_cpu", "dataset.name=shakespeare"]
+    numbers, overrides = (
+        {"rounds": 5, "steps": 10},
+        ["experiment=fast_cpu", "dataset.name=shakespeare"],
+    )
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name in numbers:

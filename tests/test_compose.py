@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt import compose, config
-from chargpt.attention import OPTIONAL, abstract, make_attention
+from chargpt.attention import CROSSING, OPTIONAL, abstract, make_attention
 from chargpt.compose import change, quoted, read_overrides, slug
 from chargpt.config import (
     Activation,
@@ -181,7 +181,8 @@ def test_qk_norm_is_refused_with_the_reason_that_the_type_declares(kind):
 def test_types_declare_only_options_that_types_may_refuse():
     for kind in AttentionType:
         layer = layer_of(kind)
-        assert layer.accepts <= set(OPTIONAL) and set(layer.refuses) <= set(OPTIONAL)
+        assert layer.accepts <= set(OPTIONAL)
+        assert set(layer.refuses) <= set(OPTIONAL) | set(CROSSING)
         assert not layer.accepts & set(layer.refuses)
 
 

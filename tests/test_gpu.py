@@ -80,6 +80,18 @@ def test_a_training_step_has_fused_attention_and_16_bit_products_only(mha_type, 
     assert [kinds for kinds in products(text) if "f32" in kinds] == []
 
 
+def test_the_fused_kernel_knows_windows_and_sinks_and_alibi_have_none():
+    """The layers of a pattern each have their own; without a window it says 0."""
+    pattern = ["model.num_layers=2", "model.window=4", "model.window_pattern=LG"]
+    text = cuda.training(config_of(AttentionType.standard, *pattern), VOCABULARY, STEPS).as_text()
+    assert set(re.findall(r"sliding_window_length[^:]*: (\d+)", text)) == {"4", "0"}
+    for option in ("model.sink=zero", "model.positions=alibi"):
+        config = config_of(AttentionType.standard, option)
+        text = cuda.training(config, VOCABULARY, STEPS).as_text()
+        assert "cudnn" not in text
+        assert_has_no(SLOW, text)
+
+
 def test_a_step_of_a_population_has_one_fused_kernel_for_all_members(mha_type):
     config = config_of(mha_type)
     devices = choose_devices(config, members=3)

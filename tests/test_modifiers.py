@@ -108,6 +108,14 @@ def test_every_type_reads_by_the_literal_rule(kind, name):
     assert np.abs(expected - plain).max() > 0.01
 
 
+def test_selective_without_rope_weighs_what_a_query_adds_to_its_keys_against_a_sink():
+    layer, reading = make(AttentionType.selective, rope=False), READINGS["sink"]
+    close(
+        forward(layer, tokens(), reading),
+        literally("selective", layer, tokens(), weigh_by(reading)),
+    )
+
+
 def everything(layer: AbstractAttention) -> Reading:
     """All that the type does not refuse at once."""
     given = {"window": 3, "sink": SINK, "alibi": True}
@@ -394,7 +402,7 @@ OPTIONS = {
 }
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from(AttentionType),
     st.fixed_dictionaries({k: st.sampled_from(v) for k, v in OPTIONS.items()}),

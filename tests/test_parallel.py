@@ -80,7 +80,8 @@ def test_every_type_learns_the_same_shared_out_in_every_way_at_once(mha_type):
 
 @pytest.mark.parametrize("layout", [DATA, FSDP, TENSOR])
 def test_every_layout_learns_the_same(layout):
-    assert_same_losses("model.mha_type=standard", layout=layout)
+    modifiers = ["model.output_gate=element", "model.sink=learned", "model.window=4"]
+    assert_same_losses("model.mha_type=standard", *modifiers, layout=layout)
 
 
 def test_muon_whose_matrices_are_shared_out_learns_the_same():

@@ -29,6 +29,7 @@ CHECKED = (
     "generate",
     "model",
     "optimizer",
+    "positions",
     "train",
     "run.evaluate",
     "run.program",

@@ -92,6 +92,7 @@ TOOLS = {
     "dashboard": ("study.dashboard", "DashboardOptions", "dashboard"),
     "plan": ("study.plan", "PlanOptions", "show_plan"),
     "search": ("study.search", "SearchOptions", "search"),
+    "convert": ("convert", "ConvertOptions", "convert_run"),
     "export": ("weights", "ExportOptions", "export_weights"),
     "import": ("weights", "ImportOptions", "import_weights"),
 }

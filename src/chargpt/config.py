@@ -391,6 +391,7 @@ class Config:
     mode: Mode = incidental()
     seed: int = option(traced=True, fixed=True)
     resume: str | None = incidental(None)
+    init_from: str | None = fixed(None)
     model: ModelConfig = option()
     dataset: DatasetConfig = option()
     optimizer: OptimizerConfig = option()

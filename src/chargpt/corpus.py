@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from chargpt.config import DatasetConfig
-from chargpt.errors import require
+from chargpt.errors import ConfigError, require
 from chargpt.texts import read_text
 
 Tokens = Int[Array, " corpus"]
@@ -76,16 +76,24 @@ class Corpus:
         }
 
 
-def load_corpus(config: DatasetConfig) -> Corpus:
-    """The text that `config` names; ConfigError if there is none, or it is too short."""
+def load_corpus(config: DatasetConfig, vocabulary: str | None = None) -> Corpus:
+    """The text that `config` names; ConfigError if there is none, or it is too short.
+
+    Its characters are its vocabulary, unless another one is given, which must have them all.
+    """
     text = read_text(config)
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = CharTokenizer(vocabulary) if vocabulary else CharTokenizer.from_text(text)
     source = f"filepath={config.filepath}" if config.filepath else f"name={config.name.name}"
     require(
         len(tokenizer) > 1,
         f"dataset.{source}: holds fewer than two different characters; write a longer text",
     )
-    tokens, sha256 = tokenizer.encode(text), hashlib.sha256(text.encode()).hexdigest()
+    try:
+        tokens = tokenizer.encode(text)
+    except ValueError as error:
+        rule = "which is that of the model to begin from; write a text that it can read"
+        raise ConfigError(f"dataset.{source}: has characters {error}, {rule}") from None
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
     train, val = np.split(tokens, [len(tokens) - int(len(tokens) * config.val_fraction)])
     for name, split in (("training", train), ("validation", val)):
         require(

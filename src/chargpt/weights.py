@@ -8,9 +8,10 @@ only numbers, the library checks every offset against the file's size, and every
 against the model's before a number is read.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,52 @@ def tensor_names(path: str, model: GPT) -> list[str]:
 
 def import_weights(options: ImportOptions) -> None:
     """Create a run directory: checkpoints with the weights of the file and a fresh optimizer."""
-    run_dir, name = Path(options.run), f"file={options.file}"
-    require(not run_dir.exists(), f"run={run_dir}: exists already; write the name of a new one")
+    run_dir, name = new_directory("run", options.run), f"file={options.file}"
     require(Path(options.file).is_file(), f"{name}: there is no such file")
+    with opened(name, Path(options.file)) as file:
+        metadata = file.metadata() or {}
+        ours = "chargpt_format" in metadata
+        if ours:
+            check_own(options, name)
+        source = own_source(name, metadata) if ours else foreign_source(options, file)
+        header = at_step_0(*source)
+        model = read_model(name, file, header, FLOATS[:1] if ours else FLOATS)
+    write_run(run_dir, header, model)
+
+
+def read_export(name: str, path: Path) -> tuple[checkpoint.Header, GPT]:
+    """What `chargpt export` wrote; ConfigError, which begins with `name`, if it did not."""
+    with opened(name, path) as file:
+        metadata = file.metadata() or {}
+        first = f"chargpt import file={path} run=NEW, then init_from=NEW"
+        exported = "chargpt_format" in metadata
+        require(exported, f"{name}: was not written by chargpt export; write {first}")
+        header = at_step_0(*own_source(name, metadata))
+        return header, read_model(name, file, header, FLOATS[:1])
+
+
+@contextlib.contextmanager
+def opened(name: str, path: Path) -> Iterator[Any]:
+    """A safetensors file; ConfigError if it cannot be read."""
     try:
-        with safe_open(options.file, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            ours = "chargpt_format" in metadata
-            source = own_source(options, metadata) if ours else foreign_source(options, file)
-            header = checkpoint.Header(*source, 0, 0.0, None, None, {}, {})  # of a run at step 0
-            model = read_model(name, file, header, FLOATS[:1] if ours else FLOATS)
+        with safe_open(path, framework="numpy") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{name}: cannot be read as safetensors ({one_line(error)})") from None
+
+
+def at_step_0(config: Config, vocabulary: str, sha256: str) -> checkpoint.Header:
+    return checkpoint.Header(config, vocabulary, sha256, 0, 0.0, None, None, {}, {})
+
+
+def new_directory(option: str, path: str) -> Path:
+    taken = f"{option}={path}: exists already; write the name of a new one"
+    require(not Path(path).exists(), taken)
+    return Path(path)
+
+
+def write_run(run_dir: Path, header: checkpoint.Header, model: GPT) -> None:
+    """A run directory at step 0: checkpoints with `model`, a fresh optimizer, the configuration."""
     state = fresh_state(header.config, len(header.vocabulary), model)
     try:
         (run_dir / "checkpoints").mkdir(parents=True)
@@ -177,7 +212,7 @@ def import_weights(options: ImportOptions) -> None:
             checkpoint.save(run_dir / "checkpoints" / f"{which.name}.eqx", state, header)
         write_durably(run_dir / "config.yaml", to_yaml(header.config).encode())
     except OSError as error:
-        raise ConfigError(f"run={run_dir}: cannot be written ({error.strerror})") from None
+        raise ConfigError(f"{run_dir}: cannot be written ({error.strerror})") from None
     numbers = sum(leaf.size for leaf in array_leaves(model).values())
     described = f"{header.config.model.mha_type} attention, {len(header.vocabulary)} characters"
     note(f"{run_dir}: {numbers:,} parameters, {described}")
@@ -194,13 +229,16 @@ def fresh_state(config: Config, vocab_size: int, model: GPT) -> TrainState:
     return eqx.filter_jit(put)(model)
 
 
-def own_source(options: ImportOptions, metadata: dict[str, str]) -> Source:
-    """What a file of `chargpt export` says about itself, checked as a checkpoint's header is."""
-    name = f"file={options.file}"
+def check_own(options: ImportOptions, name: str) -> None:
+    """Nothing is said about a file of `chargpt export` that it says itself."""
     for option in ("config", "dataset_name", "dataset_filepath", "dataset_seq_len"):
         spelled, given = option.replace("_", ".", 1), getattr(options, option)
         own = f"{name} has its own configuration and vocabulary; leave {spelled} out"
         require(given is None, f"{spelled}: {own}")
+
+
+def own_source(name: str, metadata: dict[str, str]) -> Source:
+    """What a file of `chargpt export` says about itself, checked as a checkpoint's header is."""
     version = metadata["chargpt_format"]
     known = f"this version of chargpt reads {FORMAT!r}"
     require(version == FORMAT, f"{name}: is of format {version!r}; {known}")

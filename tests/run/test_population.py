@@ -64,12 +64,20 @@ def assert_close(one: TrainState, other: TrainState) -> None:
         np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_member_is_the_run_that_it_would_be_by_itself(
-    mha_type: AttentionType, optimizer: str, corpus: Corpus
+    mha_type: AttentionType, corpus: Corpus
 ) -> None:
-    common = [f"model.mha_type={mha_type.name}", "model.num_layers=1"]
-    configs = [small_config(*common, *OPTIMIZERS[optimizer], *own) for own in MEMBERS]
+    """With Muon, which trains a part of the model with Adam."""
+    assert_members_are_runs(corpus, f"model.mha_type={mha_type.name}", *OPTIMIZERS["muon"])
+
+
+def test_so_it_is_with_adamw_and_what_crosses_the_types(corpus: Corpus) -> None:
+    modifiers = ["model.output_gate=head", "model.sink=learned", "model.window=4"]
+    assert_members_are_runs(corpus, "model.mha_type=selective", *OPTIMIZERS["adamw"], *modifiers)
+
+
+def assert_members_are_runs(corpus: Corpus, *common: str) -> None:
+    configs = [small_config("model.num_layers=1", *common, *own) for own in MEMBERS]
     together = Program(configs[0], corpus, len(configs))
     alone = Program(configs[0], corpus)
     for member, own in zip(trained(together, configs), configs, strict=True):

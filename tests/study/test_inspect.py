@@ -153,7 +153,7 @@ def test_inspect_shows_every_type_side_by_side(
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The types of one class, which now has no attention weights."""
-    monkeypatch.setattr(GroupedQueryAttention, "attention_weights", lambda self, x: None)
+    monkeypatch.setattr(GroupedQueryAttention, "attention_weights", lambda *_: None)
     of_class = [isinstance(layer_of(kind), GroupedQueryAttention) for kind in AttentionType]
     return {kind.name for kind, is_one in zip(AttentionType, of_class, strict=True) if is_one}
 

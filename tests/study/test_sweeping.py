@@ -111,11 +111,7 @@ def test_jobs_side_by_side_survive_the_end_of_their_sweep_and_a_job_that_fails(
 
 def test_a_population_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     command = ["--multirun", "launcher=vmap", *DEBUG, "model.mha_type=standard,mqa", "seed=0,1,2"]
-    command += [
-        "optimizer.learning_rate=1e-3,3e-3",
-        "trainer.num_steps=200",
-        "trainer.log_every=10",
-    ]
+    command += ["trainer.num_steps=200", "trainer.log_every=10"]
     command += ["trainer.eval_every=100", "trainer.checkpoint_every=20"]
     run(*command, f"hydra.sweep.dir={tmp_path / 'undisturbed'}")
     folder = tmp_path / "sweep"
@@ -129,23 +125,23 @@ def test_a_population_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) 
     seed = random.randrange(2**32)
     print(f"random.Random({seed})")
     moments = random.Random(seed)
-    for _ in range(3):
-        before, wanted = done(), lines() + moments.randint(1, 80)  # of 240
+    for _ in range(2):
+        before, wanted = done(), lines() + moments.randint(1, 55)  # of 120
         process = start(*command, f"hydra.sweep.dir={folder}")
         wait_until(lambda process=process, n=wanted: process.poll() is not None or lines() >= n)
         time.sleep(moments.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert before.items() <= done().items()
-    left = 12 - len(done())
+    left = 6 - len(done())
     out, _ = run(*command, f"hydra.sweep.dir={folder}")
-    assert out.count("done before") == 12 - left
+    assert out.count("done before") == 6 - left
     for undisturbed in (tmp_path / "undisturbed").glob("*_*"):
         ended = folder / undisturbed.name
         assert leaves_of(ended) == leaves_of(undisturbed)
         assert without_clock(metrics(ended)) == without_clock(metrics(undisturbed))
         summary = json.loads((ended / "summary.json").read_text())
-        assert summary["final/step"] == 200 and summary["population"] == 6
+        assert summary["final/step"] == 200 and summary["population"] == 3
 
 
 def test_a_preempted_job_of_a_cluster_saves_requeues_itself_and_continues(tmp_path: Path) -> None:

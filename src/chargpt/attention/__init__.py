@@ -108,5 +108,12 @@ def abstract(make: Callable[..., Built], config: ModelConfig) -> Built:
     return eqx.filter_eval_shape(make, config, key=jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 
+def filled_in(shapes: Built, module: Any) -> Built:
+    """`shapes` with the arrays of a module that has as many, in the same order."""
+    found, rest = eqx.partition(shapes, is_shape)
+    arrays = jax.tree.leaves(eqx.filter(module, eqx.is_array))
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(found), arrays), rest)
+
+
 def is_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)

@@ -97,7 +97,8 @@ class AbstractAttention(eqx.Module):
         self, x: Float[Array, "t {self.d_model}"], reading: Reading = CAUSAL, gate: Gate = None
     ) -> Stream:
         """The forward pass over a whole sequence, as in training and scoring."""
-        return self.batch(x, 1, reading, gate)
+        queries, entries = self.project(x, jnp.arange(x.shape[0]))
+        return self._merge(self.attend(queries, entries, reading), gate)
 
     @final
     def batch(

@@ -16,7 +16,7 @@ from chargpt.attention.kernel import Reading
 from chargpt.attention.rope import apply_rope, require_even, rope_angles
 from chargpt.config import require_divides
 
-Queries = tuple[Float[Array, "t n h"], Float[Array, "t n h"] | None, Float[Array, "t n h"]]
+Queries = tuple[Float[Array, "t n h"], Float[Array, "t n _"], Float[Array, "t n h"]]
 
 Entries = tuple[Float[Array, "s n h"], Float[Array, "s n h"]]
 
@@ -38,7 +38,7 @@ class SelectiveAttention(AbstractAttention):
     where the second term is a relative-position bias that the query writes itself: linear in
     (cos, sin) of the key's angles. So this is ordinary attention with heads of width 2h over keys
     [R_j B x_j | cos, sin], plus the skip C q_i, and its cache is that of standard attention.
-    Without RoPE the second term is the same for all j and cancels in the softmax.
+    Without RoPE the second term is the same for all j and cancels in the softmax, but for a sink.
 
     Not the "selective attention" of arXiv 2410.02703, which masks tokens and shares only the name.
     """
@@ -79,13 +79,15 @@ class SelectiveAttention(AbstractAttention):
         keys = apply_rope(keys, positions, self.rope_theta)
         queries = q.reshape(*q.shape[:1], self.num_heads, self.head_dim)
         queries = apply_rope(queries, positions, self.rope_theta)
-        bias_queries = None
-        if self.rope_theta is not None:
+        added = base.project_heads(q, key_from_query, self.num_heads)
+        if self.rope_theta is None:
+            bias_queries = jnp.sum(queries * added, axis=-1, keepdims=True)
+        else:
             # R_j rotates the pair (a1, a2) to (a1 cos - a2 sin, a2 cos + a1 sin), so
             # (q1, q2)·R_j (a1, a2) = cos (q1 a1 + q2 a2) + sin (q2 a1 - q1 a2):
             # this is what multiplies the key's cos and sin.
             q1, q2 = jnp.split(queries, 2, axis=-1)
-            a1, a2 = jnp.split(base.project_heads(q, key_from_query, self.num_heads), 2, axis=-1)
+            a1, a2 = jnp.split(added, 2, axis=-1)
             bias_queries = jnp.concatenate([q1 * a1 + q2 * a2, q2 * a1 - q1 * a2], axis=-1)
         return (queries, bias_queries, skip), (keys, values)
 
@@ -101,14 +103,15 @@ class SelectiveAttention(AbstractAttention):
         return skip + out
 
     def _shared(
-        self,
-        bias_queries: Float[Array, "t n h"] | None,
-        keys: Float[Array, "s n h"],
-        reading: Reading,
+        self, bias_queries: Float[Array, "t n _"], keys: Float[Array, "s n h"], reading: Reading
     ) -> kernel.Shared:
-        """The queries and keys of the relative-position bias; the keys are cos and sin."""
-        if bias_queries is None or self.rope_theta is None:
-            return None
+        """The queries and keys of the relative-position bias; the keys are cos and sin.
+
+        Without RoPE it is the same for all keys: it counts only against a sink.
+        """
+        if self.rope_theta is None:
+            ones = jnp.ones((len(keys), 1), keys.dtype)
+            return None if reading.sink is None else (bias_queries, ones)
         positions = reading.key_positions(len(keys))
         angles = rope_angles(positions, self.head_dim, self.rope_theta)
         table = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -122,7 +125,8 @@ class SelectiveAttention(AbstractAttention):
     def remark(self) -> str | None:
         if self.rope_theta is not None:
             return None
-        return "without RoPE, what a query adds to its keys is the same for all keys and cancels"
+        same = "without RoPE, what a query adds to its keys is the same for all keys and cancels"
+        return f"{same}, unless there is a sink"
 
     @property
     def widths(self) -> tuple[int, int]:

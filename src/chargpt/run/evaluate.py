@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from chargpt.checkpoint import Which, open_run
 from chargpt.config import MAX_SEQ_LEN, Config, DatasetConfig, DatasetName, Precision
-from chargpt.corpus import CharTokenizer, Windows, load_corpus, make_windows, sliding_windows
+from chargpt.corpus import CharTokenizer, Windows, make_windows, sliding_windows
 from chargpt.errors import note, require
 from chargpt.model import GPT
+from chargpt.origin import load_text
 from chargpt.parallel import Devices
 from chargpt.run.cache import kept_executables
 from chargpt.texts import read_text
@@ -122,7 +123,7 @@ def evaluate_run(options: EvaluateOptions) -> None:
     note(f"{run_dir}, {options.checkpoint.name} checkpoint, step {header.step}")
     if name is None:
         require(filepath is None, "dataset.filepath: write dataset.name=file as well")
-        tokens = load_corpus(config.dataset).val
+        tokens = load_text(config, header.vocabulary).val
         note(f"{config.dataset.name.name}, validation split: {len(tokens):,} characters")
     else:
         dataset = dataclasses.replace(config.dataset, name=name, filepath=filepath)

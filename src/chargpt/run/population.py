@@ -14,9 +14,10 @@ from pathlib import Path
 import jax
 
 from chargpt.config import Config, options, settings_of
-from chargpt.corpus import Corpus, load_corpus
+from chargpt.corpus import Corpus
 from chargpt.errors import ConfigError, note, require
 from chargpt.optimizer import hyperparameters
+from chargpt.origin import load_text
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.run import cache
 from chargpt.run.console import MemberConsole, PopulationConsole
@@ -109,9 +110,9 @@ class Corpora:
 
     def of(self, config: Config) -> Corpus:
         """The corpus of a run; ConfigError if there is none."""
-        text = str(config.dataset)
+        text = f"{config.dataset} {config.init_from}"
         if text not in self._known:
-            self._known[text] = load_corpus(config.dataset)
+            self._known[text] = load_text(config)
         return self._known[text]
 
 

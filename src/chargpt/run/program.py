@@ -19,6 +19,7 @@ from chargpt.costs import count_parameters, flops_per_token, idle_parameters, kv
 from chargpt.errors import require
 from chargpt.generate import generate
 from chargpt.model import GPT
+from chargpt.origin import adopted, read_origin
 from chargpt.parallel import MEMBERS, choose_devices
 from chargpt.run import cache
 from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
@@ -105,7 +106,14 @@ class Program:
 
     def initial_state(self, seed: int) -> TrainState:
         """The state of a run before its first step."""
-        return self._initial(self.devices.replicate(jnp.uint32(seed)))
+        state = self._initial(self.devices.replicate(jnp.uint32(seed)))
+        if self.config.init_from is None:
+            return state
+        model = adopted(read_origin(self.config.init_from), self.shapes.model, self.config)
+        numbers = jax.tree.map(lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, model)
+        begun = [state.model] if state.ema is None else [state.model, state.ema]
+        models = [self.devices.place(numbers) for _ in begun]  # a buffer each: they are donated
+        return eqx.tree_at(lambda state: [state.model, state.ema][: len(begun)], state, models)
 
     def put(self, states: TrainState | None, lane: int, state: TrainState) -> TrainState:
         """`states` with that of one lane replaced; by None, lanes that are all alike."""

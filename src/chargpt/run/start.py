@@ -7,8 +7,8 @@ from pathlib import Path
 
 from chargpt.compose import read_overrides
 from chargpt.config import Config, DistributedConfig
-from chargpt.corpus import load_corpus
 from chargpt.errors import RunFailed, note, require
+from chargpt.origin import load_text
 from chargpt.parallel import offer_cpu_devices
 from chargpt.run import cache, peers
 from chargpt.run.console import RunConsole
@@ -49,7 +49,7 @@ def train(config: Config, run_dir: Path, watch: Watch | None = None) -> float:
             choice = f"write resume={run_dir} or hydra.run.dir=DIR"
             new = not (run_dir / "metrics.jsonl").exists()
             require(new, f"{run_dir}: already holds a run; {choice}")
-            corpus = load_corpus(config.dataset)
+            corpus = load_text(config)
         peers.check_same(config, corpus.sha256, step=0)
         return _drive(process, *alone(Program(config, corpus), config))
 
@@ -77,7 +77,8 @@ def _continue(process: Process, overrides: Sequence[str], expected: Config | Non
             problem = "holds a run of another configuration; write hydra.run.dir=DIR"
             require(old == expected, f"{run_dir}: {problem}")
         config, restored = restore(run_dir, overrides, console.say)
-        corpus, header = load_corpus(config.dataset), restored[1] if restored else None
+        header = restored[1] if restored else None
+        corpus = load_text(config, header.vocabulary if header else None)
         if header is not None:
             check_corpus(header, corpus)
     peers.check_same(config, corpus.sha256, header.step if header else 0)

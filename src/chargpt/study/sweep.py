@@ -60,11 +60,15 @@ class SweepCallback(Callback):
                 signal.signal(number, stop_workers)
 
 
-def check_jobs(config: DictConfig) -> None:
+def check_jobs(sweep: DictConfig) -> None:
     """ConfigError if the configuration of any job breaks a rule."""
-    for number, (overrides, settings) in enumerate(jobs(config)):
+    from chargpt import origin  # imports JAX
+
+    for number, (overrides, settings) in enumerate(jobs(sweep)):
         try:
-            parse(settings)
+            config = parse(settings)
+            if config.init_from is not None:
+                origin.check(config)
         except ConfigError as error:
             raise ConfigError(f"job {number} ({overrides}): {error}") from None
 

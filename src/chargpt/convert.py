@@ -1,0 +1,57 @@
+"""`chargpt convert`: a trained model as one with another type of attention."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+
+from chargpt.attention import abstract, make_attention
+from chargpt.attention.conversion import Pool, convert
+from chargpt.checkpoint import Which, open_run
+from chargpt.compose import change, read_overrides
+from chargpt.config import Match
+from chargpt.errors import require
+from chargpt.origin import Origin, adopted, shapes_of
+from chargpt.train import Stream, random_key
+from chargpt.weights import at_step_0, new_directory, write_run
+
+
+@dataclasses.dataclass
+class ConvertOptions:
+    """A trained model whose attention becomes of another type, as a run directory at step 0."""
+
+    overrides: tuple[str, ...] = ()  # what to change, such as model.mha_type=gqa
+    run: str | None = None  # run directory; by default the newest one
+    checkpoint: Which = Which.best  # best | last
+    out: str = ""  # the directory to create
+    pool: Pool = Pool.mean  # mean | first | random: how the heads of a group become one
+
+    def __post_init__(self) -> None:
+        require(self.out != "", "out: is missing; write out=NEWDIR")
+        names = read_overrides(self.overrides)
+        require(bool(names), "nothing to convert to; write model.mha_type=gqa, say")
+        for name in names:
+            model = name.startswith("model.")
+            require(model, f"{name}: a conversion changes the model alone; leave it out")
+
+
+def convert_run(options: ConvertOptions) -> None:
+    """Write the converted model; `init_from` it to train on."""
+    out = new_directory("out", options.out)
+    run_dir, state, header = open_run(options.run, options.checkpoint)
+    model = state.averaged
+    # The feed-forward layers stay as they are, also where their width had been chosen to match
+    width = model.stacked.feed_forward.up_proj.out_features
+    own = {"model.match": Match.none, "model.d_ff": width, "init_from": None}
+    config = change(header.config, own | read_overrides(options.overrides))
+    layers = jax.random.split(random_key(config.seed, Stream.init), model.num_layers)
+    wanted = abstract(make_attention, config.model)
+    pooled = eqx.filter_vmap(lambda layer, key: convert(layer, wanted, options.pool, key=key))
+    attention = pooled(model.stacked.attention, layers)
+    had, asked = header.config.model.mha_type.name, config.model.mha_type.name
+    none = f"model.mha_type={asked}: there is no conversion from {had}"
+    require(attention is not None, f"{none}; write gqa or mqa, for a run of standard or gqa")
+    model = eqx.tree_at(lambda model: model.stacked.attention, model, attention)
+    origin = Origin(f"run={run_dir}", header.config, header.vocabulary, model)
+    model = adopted(origin, shapes_of(config, len(header.vocabulary)), config)
+    write_run(out, at_step_0(config, header.vocabulary, header.corpus_sha256), model)
