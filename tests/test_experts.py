@@ -17,8 +17,10 @@ from safetensors.numpy import load_file
 from test_model import TOKENS, VOCAB
 from test_modifiers import extend, model_config, model_of, score, shapes_of
 from test_optimizer import MUON, by_name, make, orthogonalised
-from test_weights import TINY, assert_round_trip, export, names_of
+from test_weights import TINY, assert_round_trip, export, make_run, names_of
 
+from chargpt import checkpoint
+from chargpt.cli import run_tool
 from chargpt.corpus import load_corpus
 from chargpt.costs import count_parameters, flops_per_token, idle_parameters
 from chargpt.errors import ConfigError
@@ -454,3 +456,14 @@ def test_without_experts_nothing_is_routed_or_logged():
     state, found = eqx.filter_eval_shape(stepper(config), eqx.filter_eval_shape(start, config))
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TopKRouter))
     assert not any(isinstance(leaf, TopKRouter) for leaf in leaves) and found.experts == {}
+
+
+def test_a_run_with_experts_is_converted_as_any_other(tmp_path: Path):
+    state = make_run(tmp_path / "run", small_config(*TINY, "model.num_experts=3"))
+    words = ["convert", f"run={tmp_path / 'run'}", f"out={tmp_path / 'gqa'}"]
+    assert run_tool([*words, "model.mha_type=gqa"]) == 0
+    found, _ = checkpoint.load(tmp_path / "gqa" / "checkpoints" / "best.eqx")
+    assert found.model.stacked.attention.num_kv_heads == 2
+    layers = [model.stacked.feed_forward for model in (found.model, state.model)]
+    for one, other in zip(*map(jax.tree.leaves, layers), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
