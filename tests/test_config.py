@@ -63,10 +63,14 @@ AT_LEAST_1 += [f"model.mla.{field.name}" for field in dataclasses.fields(config.
 AT_LEAST_1 += ["trainer.num_steps", "trainer.batch_size", "trainer.grad_accum_steps"]
 AT_LEAST_1 += ["trainer.num_devices", "trainer.log_every", "trainer.eval_every"]
 AT_LEAST_1 += ["trainer.eval_tokens", "trainer.checkpoint_every", "trainer.max_skipped_steps"]
+AT_LEAST_1 += ["model.num_experts", "model.experts_per_token", "model.expert_d_ff"]
 INTERVALS = {  # option: (the values refused, the interval that the message names)
     "model.rope_theta": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
     "model.residual_scale": ((0.0, -1.0, "nan", "inf"), "(0, inf)"),
     "model.logit_softcap": ((0.0, -15.0, "nan", "inf"), "(0, inf)"),
+    "model.router_aux_loss": ((-0.1, "nan", "inf"), "[0, inf)"),
+    "model.router_z_loss": ((-0.1, "nan", "inf"), "[0, inf)"),
+    "model.router_bias_rate": ((-0.1, "nan", "inf"), "[0, inf)"),
     "model.dropout": ((-0.1, 1.0, "nan", "inf"), "[0, 1)"),
     "dataset.val_fraction": ((0.0, 1.0, -0.1, "nan", "-inf"), "(0, 1)"),
     "optimizer.learning_rate": ((0.0, -0.001, "nan", "inf"), "(0, inf)"),
@@ -89,6 +93,7 @@ RULES: list[tuple[str, Any, str]] = [
         for value in values
     ),
     ("trainer.sample_chars", -1, "must be at least 0"),
+    ("model.shared_experts", -1, "must be at least 0"),
     ("optimizer.warmup_steps", -1, "must be at least 0"),
     (
         "optimizer.warmup_steps",

@@ -1,4 +1,4 @@
-"""Modifiers beside transformers' models that have them, with our weights (if it is installed)."""
+"""Modifiers and experts beside transformers' models that have them, with our weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,7 @@ from conftest import filled, small_config
 from chargpt import weights
 from chargpt.attention import GroupedQueryAttention
 from chargpt.attention.kernel import CAUSAL, Reading
+from chargpt.experts import MixtureOfExperts
 from chargpt.model import GPT
 from chargpt.train import init_state
 
@@ -170,3 +171,98 @@ def test_alibi_is_that_of_mpt(torch: Any, record_property: Callable) -> None:
         blocked = causal_mask(torch) < 0
         expected = theirs(torch.tensor(stream()[None]), bias, attention_mask=blocked)[0][0]
     assert_close(layer(jnp.asarray(stream()), Reading(alibi=True)), expected, record_property)
+
+
+def make_experts(*overrides: str) -> MixtureOfExperts:
+    sizes = (f"model.d_model={WIDTH}", "model.activation=swiglu", "model.num_experts=6")
+    config = small_config(*sizes, "model.expert_d_ff=24", *overrides).model
+    shapes = eqx.filter_eval_shape(
+        lambda key: MixtureOfExperts(config, key=key), jnp.zeros(2, "u4")
+    )
+    return filled(shapes, 0.3)
+
+
+def copy_experts(torch: Any, layer: MixtureOfExperts, theirs: Any) -> None:
+    """Router and experts; theirs have gate_proj and up_proj in one."""
+
+    def tensor(*linears: eqx.nn.Linear) -> Any:
+        weights = np.concatenate([linear.weight for linear in linears], axis=-2)
+        return torch.nn.Parameter(torch.tensor(weights))
+
+    experts = layer.experts
+    assert experts.gate_proj is not None
+    theirs.gate.weight = tensor(layer.router.proj)
+    theirs.experts.gate_up_proj = tensor(experts.gate_proj, experts.up_proj)
+    theirs.experts.down_proj = tensor(experts.down_proj)
+
+
+def assert_same_layer(torch: Any, layer: Any, theirs: Any, record_property: Callable) -> None:
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(stream()[None]))[0]
+    assert_close(eqx.filter_jit(layer)(jnp.asarray(stream())), expected, record_property)
+
+
+def test_experts_and_their_loss_are_those_of_mixtral(torch: Any, record_property: Callable) -> None:
+    from transformers.models.mixtral import modeling_mixtral as mixtral
+
+    layer = make_experts()
+    config = mixtral.MixtralConfig(
+        hidden_size=WIDTH, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2
+    )
+    theirs = mixtral.MixtralSparseMoeBlock(config)
+    copy_experts(torch, layer, theirs)
+    assert_same_layer(torch, layer, theirs, record_property)
+    with torch.no_grad():
+        logits, *_ = theirs.gate(torch.tensor(stream()))
+        loss = mixtral.load_balancing_loss_func((logits,), 6, 2)
+    _, routing = eqx.filter_jit(lambda x: layer.routed(x))(jnp.asarray(stream()))
+    # Theirs counts a token once for each of its experts, so that even loads are 2
+    np.testing.assert_allclose(2 * routing.aux_loss, loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_experts_are_those_of_olmoe(
+    torch: Any, renormalise: bool, record_property: Callable
+) -> None:
+    from transformers.models.olmoe import modeling_olmoe as olmoe
+
+    layer = make_experts(f"model.router_renormalise={renormalise}", "model.experts_per_token=3")
+    config = olmoe.OlmoeConfig(
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=renormalise,
+    )
+    theirs = olmoe.OlmoeSparseMoeBlock(config)
+    copy_experts(torch, layer, theirs)
+    assert_same_layer(torch, layer, theirs, record_property)
+
+
+def test_experts_are_those_of_deepseek_v3(torch: Any, record_property: Callable) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    layer = make_experts("model.router=sigmoid_bias", "model.shared_experts=2")
+    bias = jnp.array([0.4, -0.3, 0.0, 0.2, -0.1, 0.1])
+    plain, layer = layer, eqx.tree_at(lambda layer: layer.router.bias, layer, bias)
+    config = deepseek.DeepseekV3Config(
+        hidden_size=WIDTH,
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
+    theirs = deepseek.DeepseekV3MoE(config)
+    copy_experts(torch, layer, theirs)
+    theirs.gate.e_score_correction_bias = torch.tensor(np.asarray(bias))
+    assert layer.shared_experts is not None
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weight = np.asarray(getattr(layer.shared_experts, name).weight)
+        getattr(theirs.shared_experts, name).weight = torch.nn.Parameter(torch.tensor(weight))
+    assert_same_layer(torch, layer, theirs, record_property)
+    x = jnp.asarray(stream())
+    assert np.abs(layer(x) - plain(x)).max() > 0.1  # the bias matters

@@ -24,6 +24,8 @@ CHECKED = (
     "attention",
     "checkpoint",
     "corpus",
+    "experts",
+    "feed_forward",
     "generate",
     "model",
     "optimizer",

@@ -49,6 +49,7 @@ NormPosition = StrEnum("NormPosition", ["pre", "post"])
 Positions = StrEnum("Positions", ["rope", "sinusoidal", "learned", "alibi", "none"])
 OutputGate = StrEnum("OutputGate", ["none", "head", "element"])
 Sink = StrEnum("Sink", ["none", "learned", "zero"])
+Router = StrEnum("Router", ["softmax", "sigmoid_bias"])
 DatasetName = StrEnum("DatasetName", ["shakespeare", "tinyshakespeare", "file"])
 Match = StrEnum("Match", ["none", "params"])
 Sampling = StrEnum("Sampling", ["random", "epochs"])
@@ -157,6 +158,15 @@ class ModelConfig(Group):
     d_ff: int | None = fixed(least=1)
     match: Match = fixed("none")
     activation: Activation = fixed()
+    num_experts: int | None = fixed(None, least=1)
+    experts_per_token: int = fixed(2, least=1)
+    shared_experts: int = fixed(0, least=0)
+    expert_d_ff: int | None = fixed(None, least=1)
+    router: Router = fixed("softmax")
+    router_renormalise: bool = fixed(True)
+    router_aux_loss: float = fixed(0.01, within=NOT_NEGATIVE)
+    router_z_loss: float = fixed(0.0, within=NOT_NEGATIVE)
+    router_bias_rate: float = fixed(0.001, within=NOT_NEGATIVE)
     norm: Norm = fixed()
     norm_position: NormPosition = fixed()
     positions: Positions | None = fixed(None)
@@ -180,6 +190,7 @@ class ModelConfig(Group):
         rule = "an output head of zeros cannot be the embedding; write model.tie_embeddings=false"
         require(not (self.zero_init and self.tie_embeddings), f"model.zero_init=true: {rule}")
         self._check_positions()
+        self._check_experts()
         pattern = self.window_pattern
         if pattern is not None:
             rule = f"model.window_pattern={pattern}: "
@@ -196,6 +207,20 @@ class ModelConfig(Group):
         require(not no_rope, f"model.rope=false: {chosen}")
         learned = self.learned_positions and self.positions is not Positions.learned
         require(not learned, f"model.learned_positions=true: {chosen}")
+
+    def _check_experts(self) -> None:
+        number, per_token = self.num_experts, self.experts_per_token
+        if number is not None:
+            rule = f"is more than model.num_experts={number}; write that or fewer"
+            require(per_token <= number, f"model.experts_per_token={per_token}: {rule}")
+            rule = "counts the weights of a layer without experts; write model.match=none"
+            require(self.match is Match.none, f"model.match={self.match}: {rule}")
+            return
+        neutral = {"shared_experts": 0, "expert_d_ff": None, "router": Router.softmax}
+        for name, value in (neutral | {"router_z_loss": 0.0}).items():
+            rule = "is read only with experts; write model.num_experts=E as well"
+            own = getattr(self, name)
+            require(own == value, f"model.{name}={own}: {rule}")
 
     @property
     def has_rope(self) -> bool:
@@ -220,6 +245,12 @@ class ModelConfig(Group):
     @property
     def ff_width(self) -> int:
         return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def expert_width(self) -> int:
+        """d_ff of an expert; by default those that a token is given are as wide as d_ff."""
+        shared_out = self.ff_width // (self.experts_per_token + self.shared_experts)
+        return max(1, shared_out) if self.expert_d_ff is None else self.expert_d_ff
 
 
 @dataclasses.dataclass

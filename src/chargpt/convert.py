@@ -11,6 +11,7 @@ from chargpt.checkpoint import Which, open_run
 from chargpt.compose import change, read_overrides
 from chargpt.config import Match
 from chargpt.errors import require
+from chargpt.model import feed_forward_width
 from chargpt.origin import Origin, adopted, shapes_of
 from chargpt.train import Stream, random_key
 from chargpt.weights import at_step_0, new_directory, write_run
@@ -41,7 +42,7 @@ def convert_run(options: ConvertOptions) -> None:
     run_dir, state, header = open_run(options.run, options.checkpoint)
     model = state.averaged
     # The feed-forward layers stay as they are, also where their width had been chosen to match
-    width = model.stacked.feed_forward.up_proj.out_features
+    width = feed_forward_width(header.config.model)
     own = {"model.match": Match.none, "model.d_ff": width, "init_from": None}
     config = change(header.config, own | read_overrides(options.overrides))
     layers = jax.random.split(random_key(config.seed, Stream.init), model.num_layers)

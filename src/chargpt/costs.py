@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 
 from chargpt.attention import is_shape
+from chargpt.experts import MixtureOfExperts
 from chargpt.model import GPT
 
 
@@ -31,6 +32,16 @@ def count_parameters(model: GPT) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
+def idle_parameters(model: GPT) -> int:
+    """How many of the parameters a token does not meet: those of experts that it is not given."""
+    layer = model.stacked.feed_forward
+    if not isinstance(layer, MixtureOfExperts):
+        return 0
+    sizes = [leaf.size for leaf in jax.tree.leaves(eqx.filter(layer.experts, is_parameter))]
+    number, given = layer.router.num_experts, layer.router.experts_per_token
+    return sum(sizes) // number * (number - given)
+
+
 def kv_cache_bytes(model: GPT, dtype: Any, seq_len: int) -> int:
     """Bytes of all layers' KV cache with `seq_len` tokens in it, at compute precision `dtype`.
 
@@ -51,11 +62,12 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
     Floating-point, forward and backward. N counts the parameters that multiply (positions and an
     untied embedding are looked up); the attention type declares the widths, of all heads together:
     12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B); of t at most the
-    window. The causal half that a fused kernel skips is counted.
+    window. The causal half that a fused kernel skips is counted; of experts, those that a token is
+    given.
     """
     parts = count_parameters(model)
-    looked_up = parts.get("position embedding", 0)
-    looked_up += parts["token embedding"] if model.head else 0
+    unused = parts.get("position embedding", 0) + idle_parameters(model)
+    unused += parts["token embedding"] if model.head else 0
     widths = sum(model.stacked.attention.widths)
     read = sum(min(seq_len, window or seq_len) for window in model.windows)
-    return 6.0 * (sum(parts.values()) - looked_up) + 6.0 * widths * read
+    return 6.0 * (sum(parts.values()) - unused) + 6.0 * widths * read

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, whatever its attention type: FeedForward, Block, GPT."""
+"""The decoder-only transformer, whatever its attention type: Block, GPT."""
 
 import math
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from chargpt.attention.base import Position, Stream, Weights, projection
 from chargpt.attention.modifiers import Modifiers
 from chargpt.config import Activation, Match, ModelConfig, Norm, NormPosition, Positions
 from chargpt.errors import require
+from chargpt.experts import MixtureOfExperts, Routing
+from chargpt.feed_forward import FeedForward
 from chargpt.positions import sinusoidal
 
 Module = TypeVar("Module", bound=eqx.Module)
@@ -24,45 +26,8 @@ Tokens = Int[Array, " t"]
 Logits = Float[Array, "t vocab"]
 
 
-def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """relu² (arXiv 2109.08668)."""
-    return jnp.square(jax.nn.relu(x))
-
-
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    Activation.relu: jax.nn.relu,
-    Activation.gelu: jax.checkpoint(jax.nn.gelu),  # keeps its input for the gradient, no more
-    Activation.relu2: relu2,
-    Activation.swiglu: jax.nn.silu,  # of the gate
-}
 INIT_STD = 0.02  # GPT-2's; projections onto the residual stream take 1/sqrt(2 num_layers) of it
 POSITION_SCALE = math.sqrt(2) * INIT_STD  # sinusoidal positions are as large as embeddings then
-
-
-class FeedForward(eqx.Module):
-    """down(act(up(x))); swiglu (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
-
-    gate_proj: eqx.nn.Linear | None
-    up_proj: eqx.nn.Linear
-    down_proj: eqx.nn.Linear
-    activation: Activation = eqx.field(static=True)
-
-    def __init__(self, d_model: int, d_ff: int, activation: Activation, *, key: PRNGKeyArray):
-        gate_key, up_key, down_key = jax.random.split(key, 3)
-        gated = activation is Activation.swiglu
-        self.gate_proj = projection(d_model, d_ff, gate_key) if gated else None
-        self.up_proj = projection(d_model, d_ff, up_key)
-        self.down_proj = projection(d_ff, d_model, down_key)
-        self.activation = activation
-
-    def __call__(self, x: Stream) -> Stream:
-        hidden = jnp.einsum("tm,fm->tf", x, self.up_proj.weight)
-        if self.gate_proj is None:
-            hidden = ACTIVATIONS[self.activation](hidden)
-        else:
-            gate = jnp.einsum("tm,fm->tf", x, self.gate_proj.weight)
-            hidden = ACTIVATIONS[self.activation](gate) * hidden
-        return jnp.einsum("tf,mf->tm", hidden, self.down_proj.weight)
 
 
 def drop(x: Stream, rate: float, key: DropoutKey) -> Stream:
@@ -110,7 +75,7 @@ class Block(eqx.Module):
     """
 
     attention: AbstractAttention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | MixtureOfExperts
     attention_norm: NormLayer
     feed_forward_norm: NormLayer
     norm_position: NormPosition = eqx.field(static=True)
@@ -121,8 +86,11 @@ class Block(eqx.Module):
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         attention_key, ff_key = jax.random.split(key)
         self.attention = make_attention(config, key=attention_key)
-        d_ff = feed_forward_width(config)
-        self.feed_forward = FeedForward(config.d_model, d_ff, config.activation, key=ff_key)
+        if config.num_experts is None:
+            d_ff = feed_forward_width(config)
+            self.feed_forward = FeedForward(config.d_model, d_ff, config.activation, key=ff_key)
+        else:
+            self.feed_forward = MixtureOfExperts(config, key=ff_key)
         self.attention_norm = make_norm(config.norm, config.d_model)
         self.feed_forward_norm = make_norm(config.norm, config.d_model)
         self.norm_position = config.norm_position
@@ -135,14 +103,29 @@ class Block(eqx.Module):
         self, x: Stream, *, window: int | None = None, key: DropoutKey = None, sequences: int = 1
     ) -> Stream:
         """x holds `sequences` of equal length, one after another. `key` None: no dropout."""
+        return self.routed(x, window=window, key=key, sequences=sequences)[0]
+
+    def routed(
+        self, x: Stream, *, window: int | None = None, key: DropoutKey = None, sequences: int = 1
+    ) -> tuple[Stream, Routing | None]:
+        """`__call__`, and what the router did, if there are experts."""
         keys = (None, None) if key is None else jax.random.split(key)
         reading, gate = self.modifiers.reading(window), self.modifiers.gate
 
         def attend(x: Stream) -> Stream:
             return self.attention.batch(x, sequences, reading, gate(x))
 
+        routing = None
+
+        def feed_forward(x: Stream) -> Stream:
+            nonlocal routing
+            if not isinstance(self.feed_forward, MixtureOfExperts):
+                return self.feed_forward(x)
+            y, routing = self.feed_forward.routed(x)
+            return y
+
         x = self._add(x, self.attention_norm, attend, keys[0])
-        return self._add(x, self.feed_forward_norm, self.feed_forward, keys[1])
+        return self._add(x, self.feed_forward_norm, feed_forward, keys[1]), routing
 
     def decode(
         self, x: Stream, cache: PyTree, position: Position, window: int | None = None
@@ -165,7 +148,8 @@ class Block(eqx.Module):
 
     def residual_projections(self) -> set[str]:
         """Paths of the projections onto the residual stream."""
-        return {f"attention.{self.attention.output}", "feed_forward.down_proj"}
+        ours = {f"feed_forward.{path}" for path in self.feed_forward.outputs}
+        return {f"attention.{self.attention.output}"} | ours
 
     def _branch_input(self, x: Stream, norm: NormLayer) -> Stream:
         return jax.vmap(norm)(x) if self.norm_position is NormPosition.pre else x
@@ -233,6 +217,12 @@ class GPT(eqx.Module):
         self, tokens: Int[Array, "b t"], *, key: DropoutKey = None
     ) -> Float[Array, "b t vocab"]:
         """`__call__` for every sequence; token-wise layers see all of their tokens at once."""
+        return self.routed(tokens, key=key)[0]
+
+    def routed(
+        self, tokens: Int[Array, "b t"], *, key: DropoutKey = None
+    ) -> tuple[Float[Array, "b t vocab"], Routing | None]:
+        """`batch`, and what each layer's router did, if there are experts."""
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
         sequences, length = tokens.shape
         x = take_rows(self.embedding, tokens.reshape(-1))
@@ -243,19 +233,22 @@ class GPT(eqx.Module):
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
         period = self._period()
 
-        def apply_blocks(x: Stream, layers: Any) -> tuple[Stream, None]:
+        def apply_blocks(x: Stream, layers: Any) -> tuple[Stream, Routing | None]:
+            routings = []
             for layer, window in zip(apart(layers, period), self.windows, strict=False):
                 arrays, key = layer
                 block = eqx.combine(arrays, static)
-                x = block(x, window=window, key=key, sequences=sequences)
-            return x, None
+                x, routing = block.routed(x, window=window, key=key, sequences=sequences)
+                routings.append(routing)
+            return x, jax.tree.map(lambda *each: jnp.stack(each), *routings)
 
         # Weights are stacked for the optimizer; the computation is unrolled.
         rounds = jax.tree.map(
             lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), (arrays, keys)
         )
-        x, _ = jax.lax.scan(apply_blocks, x, rounds, unroll=self.num_layers // period)
-        return self._logits(x).reshape(sequences, length, -1)
+        x, routing = jax.lax.scan(apply_blocks, x, rounds, unroll=self.num_layers // period)
+        routing = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routing)
+        return self._logits(x).reshape(sequences, length, -1), routing
 
     def _period(self) -> int:
         """The number of layers after which their windows repeat."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from chargpt.attention import AbstractAttention
 from chargpt.config import Config, OptimizerConfig, OptimizerName, Schedule
+from chargpt.experts import TopKRouter
 from chargpt.model import is_linear
 from chargpt.parallel import Devices
 
@@ -87,20 +88,38 @@ def decay_mask(params: PyTree) -> PyTree:
     return label(params, lambda linear, leaf: linear)
 
 
-def is_hidden(linear: bool, leaf: Any) -> bool:
-    """A stack of matrices [layer, out, in]: not an embedding, the head or a norm."""
-    return linear and leaf.ndim == 3
+def label_hidden(params: PyTree, hidden: Any, other: Any) -> PyTree:
+    """`hidden` for stacks of matrices [layer, …, out, in]: no embedding, head, norm or router.
+
+    A router is a classifier, as the head is: its rows are trained to differ in size, which an
+    orthogonal update would even out.
+    """
+
+    def of_node(node: Any) -> Any:
+        def of_leaf(leaf: Any) -> Any:
+            return hidden(leaf) if is_linear(node) and leaf.ndim >= 3 else other
+
+        return jax.tree.map(of_leaf, node)
+
+    def is_node(node: Any) -> bool:
+        return is_linear(node) or isinstance(node, TopKRouter)
+
+    return jax.tree.map(of_node, params, is_leaf=is_node)
 
 
 def hidden_matrices(params: PyTree) -> PyTree:
     """Which axes of every hidden weight are a matrix: the last two, each layer by itself.
 
-    None for embeddings, head and norms. Equinox's weights are [layer, out, in], yet they are passed
-    as [layer, reduction, output]: orthogonalisation and the scale used here are the same for a
-    matrix and its transpose, and XLA is slow at transposing.
+    So is each expert; None for everything else. Equinox's weights are [layer, out, in], yet they
+    are passed as [layer, reduction, output]: orthogonalisation and the scale used here are the same
+    for a matrix and its transpose, and XLA is slow at transposing.
     """
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return label(params, lambda linear, leaf: matrix if is_hidden(linear, leaf) else None)
+
+    def matrix(leaf: Any) -> Any:
+        axes = leaf.ndim - 2, leaf.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(*axes)
+
+    return label_hidden(params, matrix, None)
 
 
 def split_fused(params: PyTree) -> PyTree:
@@ -207,13 +226,14 @@ def newton_schulz(
     dtype: Any = jnp.float32,
     devices: Devices | None = None,
 ) -> PyTree:
-    """Matrices of norm at most 1, in stacks [i, _, _], each made orthogonal, approximately.
+    """Matrices of norm at most 1, in stacks […, _, _], each made orthogonal, approximately.
 
     X <- a X + (b A + c A²) X with A = X Xᵀ (https://kellerjordan.github.io/posts/muon). All
     matrices of one shape, either way round, are one stack: few large products. The devices share
     its matrices, with zeros added where they do not divide evenly.
     """
-    leaves, structure = jax.tree.flatten(matrices)
+    stacks, structure = jax.tree.flatten(matrices)
+    leaves = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
     tall = [leaf.shape[1] > leaf.shape[2] for leaf in leaves]
     wide = [leaf.mT if flip else leaf for leaf, flip in zip(leaves, tall, strict=True)]
     a, b, c = coefficients.astype(dtype)
@@ -232,6 +252,7 @@ def newton_schulz(
         for i, part in zip(places, jnp.split(x, ends[:-1]), strict=True):
             wide[i] = part.astype(wide[i].dtype)
     leaves = [leaf.mT if flip else leaf for leaf, flip in zip(wide, tall, strict=True)]
+    leaves = [leaf.reshape(stack.shape) for leaf, stack in zip(leaves, stacks, strict=True)]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -254,10 +275,10 @@ def muon(
         return newton_schulz(matrices, state.ns_coeffs, steps, dtype, devices), new
 
     def scaled(matrices: Array) -> Array:
-        return 0.2 * math.sqrt(max(matrices.shape[1:])) * matrices
+        return 0.2 * math.sqrt(max(matrices.shape[-2:])) * matrices
 
     def kinds(params: PyTree) -> PyTree:
-        return label(params, lambda *weight: "muon" if is_hidden(*weight) else "adam")
+        return label_hidden(params, lambda leaf: "muon", "adam")
 
     own = numbers.adam_learning_rate
     own = numbers.learning_rate if own is None else own

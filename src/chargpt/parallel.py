@@ -244,6 +244,8 @@ def check(config: Config) -> None:
     name, tensor, model = "parallel.tensor", config.parallel.tensor, config.model
     if tensor == 1:
         return
+    rule = "experts are not cut; write parallel.tensor=1, and parallel.fsdp=true to share them out"
+    require(model.num_experts is None, f"{name}={tensor}: {rule}")
     attention = abstract(Block, model).attention
     kind = f"{model.mha_type.name} attention's"
     for what, number in attention.head_counts.items():

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from chargpt.config import Config, Precision, Sampling
+from chargpt.config import Config, ModelConfig, Precision, Router, Sampling
 from chargpt.corpus import epoch_batch, sample_batch
+from chargpt.experts import MixtureOfExperts, Routing, TopKRouter
 from chargpt.model import GPT
 from chargpt.optimizer import (
     Hyperparameters,
@@ -66,6 +67,7 @@ class StepMetrics(eqx.Module):
     learning_rate: Float[Array, "*steps"]
     skipped: Int[Array, "*steps"]
     skipped_in_a_row: Int[Array, "*steps"]
+    experts: dict[str, Float[Array, "*steps"]]  # what the routers did; empty if there are none
 
 
 class Stream(Enum):
@@ -102,9 +104,15 @@ def compute_dtype(precision: Precision | None) -> Any:
 
 
 def cast(tree: Tree, dtype: Any) -> Tree:
-    """`tree` with floating-point arrays in `dtype`; parameters themselves stay float32."""
-    floats, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(dtype), floats), rest)
+    """`tree` with floating-point arrays in `dtype`; parameters themselves stay float32.
+
+    So do routers: rounding would send tokens to other experts, and undo a bias's small steps.
+    """
+
+    def narrow(node: Any) -> Any:
+        return node.astype(dtype) if eqx.is_inexact_array(node) else node
+
+    return jax.tree.map(narrow, tree, is_leaf=lambda node: isinstance(node, TopKRouter))
 
 
 def cross_entropy(
@@ -124,10 +132,29 @@ def loss_fn(
     devices: Devices | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of a batch; `key` turns dropout on."""
+    return routed_loss(model, inputs, targets, key, dtype, devices)[0]
+
+
+def routed_loss(
+    model: GPT,
+    inputs: Batch,
+    targets: Batch,
+    key: PRNGKeyArray | None,
+    dtype: Any,
+    devices: Devices | None = None,
+) -> tuple[Float[Array, ""], Routing | None]:
+    """`loss_fn`, and what the routers did, if there are any."""
     model = cast(model, dtype)
     if devices is not None:
         model = devices.gather(model)
-    return cross_entropy(model.batch(inputs, key=key), targets).mean()
+    logits, routing = model.routed(inputs, key=key)
+    return cross_entropy(logits, targets).mean(), routing
+
+
+def router_loss(routing: Routing, config: ModelConfig) -> Float[Array, ""]:
+    """What training adds to the cross-entropy: means over the layers, times their coefficients."""
+    balance = config.router_aux_loss if config.router is Router.softmax else 0.0
+    return balance * routing.aux_loss.mean() + config.router_z_loss * routing.z_loss.mean()
 
 
 def train_step(
@@ -140,7 +167,7 @@ def train_step(
     """
     batch_key, dropout_key = jax.random.split(random_key(inputs.seed, Stream.step, state.step))
     batch = draw_batch(inputs, batch_key, state.step, config)
-    loss, grads = accumulate_gradients(state.model, *batch, dropout_key, config, devices)
+    (loss, routing), grads = accumulate_gradients(state.model, *batch, dropout_key, config, devices)
     if devices is not None:
         grads = devices.place(grads)
     part_norms = gradient_norms(grads)
@@ -153,7 +180,10 @@ def train_step(
     updates, opt_state = optimizer.update(
         grads, state.opt_state, params, norm=grad_norm, finite=finite
     )
-    model = keep_unless(finite, eqx.apply_updates(state.model, updates), state.model)
+    model = eqx.apply_updates(state.model, updates)
+    if routing is not None:
+        model = move_biases(model, routing.load, config.model.router_bias_rate)
+    model = keep_unless(finite, model, state.model)
     ema, count = state.ema, state.step - state.skipped  # skipped steps do not count
     if ema is not None:
         ema = keep_unless(finite, average(ema, model, config, count), ema)
@@ -165,7 +195,32 @@ def train_step(
         new_state = devices.place(new_state)
     schedule = make_schedule(config.optimizer.schedule, inputs.numbers)
     rate = jnp.asarray(schedule(count), jnp.float32)
-    return new_state, StepMetrics(loss, grad_norm, part_norms, rate, skipped, in_a_row)
+    experts = {} if routing is None else describe(routing)
+    return new_state, StepMetrics(loss, grad_norm, part_norms, rate, skipped, in_a_row, experts)
+
+
+def move_biases(model: GPT, load: Float[Array, "layers e"], rate: float) -> GPT:
+    """Up for experts with less than an even load, down for those with more, all by `rate`."""
+    feed_forward = model.stacked.feed_forward
+    assert isinstance(feed_forward, MixtureOfExperts)
+    if feed_forward.router.bias is None:
+        return model
+    even = load.mean(axis=1, keepdims=True)
+    bias = feed_forward.router.bias + rate * jnp.sign(even - load)
+    return eqx.tree_at(lambda model: model.blocks.feed_forward.router.bias, model, bias)
+
+
+def describe(routing: Routing) -> dict[str, Float[Array, ""]]:
+    """The numbers of a step, of all layers: extremes of the load, dead experts, means."""
+    return {
+        "load_max": routing.load.max(),
+        "load_min": routing.load.min(),
+        "load_entropy": jax.scipy.special.entr(routing.load).sum(axis=1).mean(),
+        "dead": jnp.sum(routing.load == 0).astype(jnp.float32),
+        "router_entropy": routing.entropy.mean(),
+        "aux_loss": routing.aux_loss.mean(),
+        "z_loss": routing.z_loss.mean(),
+    }
 
 
 def draw_batch(
@@ -199,29 +254,45 @@ def accumulate_gradients(
     key: PRNGKeyArray,
     config: Config,
     devices: Devices | None = None,
-) -> tuple[Float[Array, ""], PyTree]:
-    """Loss and gradient of the batch mean, in `grad_accum_steps` equal parts to save memory."""
+) -> tuple[tuple[Float[Array, ""], Routing | None], PyTree]:
+    """Loss and gradient of the batch mean, in `grad_accum_steps` equal parts to save memory.
+
+    The gradient is that of the routers' losses too, which are those of each part. What the routers
+    did is beside the loss.
+    """
     parts, dtype = config.trainer.grad_accum_steps, compute_dtype(config.trainer.precision)
 
-    def gradient(inputs: Batch, targets: Batch, key: PRNGKeyArray) -> tuple[Array, PyTree]:
+    def objective(model: GPT, *values: Any) -> tuple[Array, tuple[Array, Routing | None]]:
+        loss, routing = routed_loss(model, *values)
+        total = loss if routing is None else loss + router_loss(routing, config.model)
+        return total, (loss, routing)
+
+    def gradient(
+        inputs: Batch, targets: Batch, key: PRNGKeyArray
+    ) -> tuple[tuple[Array, Routing | None], PyTree]:
         dropout_key = key if config.model.dropout > 0 else None
         values = inputs, targets, dropout_key, dtype, devices
-        return eqx.filter_value_and_grad(loss_fn)(model, *values)
+        (_, found), grads = eqx.filter_value_and_grad(objective, has_aux=True)(model, *values)
+        return found, grads
 
     if parts == 1:
         if devices is not None:
             inputs, targets = devices.split((inputs, targets))
         return gradient(inputs, targets, key)
 
-    def add(total: PyTree, part: tuple[Batch, Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, gradient(*part)), None
+    def add(
+        total: PyTree, part: tuple[Batch, Batch, PRNGKeyArray]
+    ) -> tuple[PyTree, Routing | None]:
+        (loss, routing), grads = gradient(*part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), routing
 
     inputs, targets = (batch.reshape(parts, -1, batch.shape[-1]) for batch in (inputs, targets))
     if devices is not None:
         inputs, targets = devices.split((inputs, targets), axis=1)
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array)))
-    total, _ = jax.lax.scan(add, zeros, (inputs, targets, jax.random.split(key, parts)))
-    return jax.tree.map(lambda leaf: leaf / parts, total)
+    total, routings = jax.lax.scan(add, zeros, (inputs, targets, jax.random.split(key, parts)))
+    loss, grads = jax.tree.map(lambda leaf: leaf / parts, total)
+    return (loss, jax.tree.map(lambda leaf: leaf.mean(axis=0), routings)), grads
 
 
 def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:

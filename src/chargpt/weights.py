@@ -1,7 +1,8 @@
 """Weights leave and enter as safetensors files, under the names that are usual in the field.
 
-Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA.
-Our leaves are stacked over the layers; the file has one tensor per layer. The rotary halves of MLA
+Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA,
+OLMoE's and DeepSeek-V3's for experts. Our leaves are stacked over the layers, and over the experts;
+the file has one tensor per layer and expert. The rotary halves of MLA
 are laid out as in Llama; DeepSeek's own files interleave them. Reading is safe: safetensors holds
 only numbers, the library checks every offset against the file's size, and every shape is checked
 against the model's before a number is read.
@@ -26,6 +27,7 @@ from chargpt.checkpoint import Which, open_run
 from chargpt.config import Config, DatasetName, from_plain, to_plain, to_yaml
 from chargpt.corpus import load_corpus
 from chargpt.errors import ConfigError, note, one_line, require
+from chargpt.experts import MixtureOfExperts
 from chargpt.files import write_durably
 from chargpt.llama import from_llama
 from chargpt.model import GPT
@@ -42,10 +44,13 @@ NAMES = {
     "head.weight": "lm_head.weight",
 }
 STACKED = "blocks."  # begins the path of every leaf with a leading layer axis
+EXPERTS = "blocks.feed_forward.experts."  # and with an expert axis after it
 BLOCK_NAMES = {  # how names within a block begin; the first match counts
     "attention.": "self_attn.",
     "modifiers.sink": "self_attn.sinks",
     "modifiers.": "self_attn.",
+    "feed_forward.router.proj.": "mlp.gate.",
+    "feed_forward.router.bias": "mlp.gate.e_score_correction_bias",
     "feed_forward.": "mlp.",
     "attention_norm.": "input_layernorm.",
     "feed_forward_norm.": "post_attention_layernorm.",
@@ -108,11 +113,11 @@ def export_weights(options: ExportOptions) -> None:
 
 
 def to_tensors(model: GPT) -> dict[str, np.ndarray]:
-    """Every array of the model by its name in a file, one per layer."""
+    """Every array of the model by its name in a file, one per layer and expert."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in array_leaves(model).items():
         array = np.ascontiguousarray(leaf)
-        parts = array if path.startswith(STACKED) else array[None]
+        parts = array.reshape(-1, *array.shape[stack_axes(path) :])
         tensors |= zip(tensor_names(path, model), parts, strict=True)
     return tensors
 
@@ -127,16 +132,26 @@ def dotted(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def stack_axes(path: str) -> int:
+    """How many axes of the leaf at `path` are no axes of a tensor in a file."""
+    return path.startswith(STACKED) + path.startswith(EXPERTS)
+
+
 def tensor_names(path: str, model: GPT) -> list[str]:
-    """The names in a file of the leaf at `path`: one per layer if it is stacked."""
+    """The names in a file of the leaf at `path`: one per layer, or expert, if it is stacked."""
     if not path.startswith(STACKED):
         return [NAMES[path]]
     exported = model.stacked.attention.exported
     own = {f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in exported.items()}
-    path = path.removeprefix(STACKED)
-    ours, theirs = next(pair for pair in (own | BLOCK_NAMES).items() if path.startswith(pair[0]))
-    name = theirs + path.removeprefix(ours)
-    return [f"model.layers.{layer}.{name}" for layer in range(model.num_layers)]
+    inside = path.removeprefix(STACKED)
+    ours, theirs = next(pair for pair in (own | BLOCK_NAMES).items() if inside.startswith(pair[0]))
+    name = theirs + inside.removeprefix(ours)
+    names = [f"model.layers.{layer}.{name}" for layer in range(model.num_layers)]
+    feed_forward = model.stacked.feed_forward
+    if not (path.startswith(EXPERTS) and isinstance(feed_forward, MixtureOfExperts)):
+        return names
+    numbered = [f"mlp.experts.{i}." for i in range(feed_forward.router.num_experts)]
+    return [name.replace("mlp.experts.", expert) for name in names for expert in numbered]
 
 
 # ---- in
@@ -260,8 +275,10 @@ def read_model(name: str, file: Any, header: checkpoint.Header, dtypes: Sequence
     """The model of `header` with the file's numbers; ConfigError if a tensor does not fit."""
     found = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
     config, layers = header.config, header.config.model.num_layers
-    enough = layers <= len(found)  # before anything is built of a size that a stranger claims
-    require(enough, f"{name}: has {len(found)} tensors, too few for {layers} layers")
+    experts = config.model.num_experts or 1
+    enough = layers * experts <= len(found)  # before a size that a stranger claims is built
+    size = f"{layers} layers" + (f" of {experts} experts" if experts > 1 else "")
+    require(enough, f"{name}: has {len(found)} tensors, too few for {size}")
     sizes = len(header.vocabulary), config.dataset.seq_len
     try:
         skeleton = eqx.filter_eval_shape(GPT, config.model, *sizes, key=random_key(0, Stream.init))
@@ -272,7 +289,7 @@ def read_model(name: str, file: Any, header: checkpoint.Header, dtypes: Sequence
     names = {path: tensor_names(path, skeleton) for path in leaves}
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in leaves.items():
-        shapes |= dict.fromkeys(names[path], leaf.shape[path.startswith(STACKED) :])
+        shapes |= dict.fromkeys(names[path], leaf.shape[stack_axes(path) :])
     for tensor, shape in shapes.items():
         missing = f"has no tensor {tensor}, which its configuration asks for"
         require(tensor in found, f"{name}: {missing}")

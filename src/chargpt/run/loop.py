@@ -110,6 +110,7 @@ class Run:
             "train/loss": float(metrics.loss.mean(dtype=np.float64)),
             "train/grad_norm": float(metrics.grad_norm[-1]),
             **{f"grad_norm/{name}": float(norm[-1]) for name, norm in metrics.part_norms.items()},
+            **{f"experts/{name}": float(each[-1]) for name, each in metrics.experts.items()},
             "optim/learning_rate": float(metrics.learning_rate[-1]),
             "throughput/tokens_per_second": tokens / seconds,
             "throughput/mfu": tokens / seconds * program.flops_per_token / program.peak_flops,

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from chargpt.attention import is_shape
 from chargpt.config import Config
 from chargpt.corpus import Corpus, make_windows
-from chargpt.costs import count_parameters, flops_per_token, kv_cache_bytes
+from chargpt.costs import count_parameters, flops_per_token, idle_parameters, kv_cache_bytes
 from chargpt.errors import require
 from chargpt.generate import generate
 from chargpt.model import GPT
@@ -71,6 +71,7 @@ class Program:
         self.shapes = self._make_shapes()
         model = self.shapes.model  # of one member, with shapes in place of arrays
         self.parameters = count_parameters(model)
+        self.active_parameters = sum(self.parameters.values()) - idle_parameters(model)
         self.cache_bytes = kv_cache_bytes(model, self.dtype, seq_len)  # of a full context
         self.flops_per_token = flops_per_token(model, seq_len)
         num_gpus = len(self.devices) if jax.default_backend() == "gpu" else 1

@@ -9,6 +9,7 @@ from chargpt import checkpoint
 from chargpt.compose import command, quoted
 from chargpt.config import differences, spell
 from chargpt.files import write_durably
+from chargpt.model import feed_forward_width
 from chargpt.run.console import RunConsole
 from chargpt.run.curves import NAMES, draw_curves
 from chargpt.run.directory import log_metrics, read_metrics, record_sizes, write_config
@@ -65,6 +66,8 @@ class Recorder(Follower):
             "corpus_sha256": run.corpus.sha256,
             "versions": versions(),
         }
+        if self.program.active_parameters < self.derived["num_params"]:
+            self.derived["num_active_params"] = self.program.active_parameters
         if run.ended:  # and was killed before its summary
             lines = read_metrics(run_dir / "metrics.jsonl")
             run.final_val_loss = lines[-1].get("val/loss") if lines else None
@@ -191,10 +194,15 @@ class Recorder(Follower):
             "writes to": str(self.run_dir),
         }
         notes, blocks = [], program.shapes.model.stacked
-        width, usual = blocks.feed_forward.up_proj.out_features, model.ff_width
+        width, usual = feed_forward_width(model), model.ff_width
         if width != usual:  # model.match=params
             why = "as many weights as standard attention would give"
             notes.append(f"d_ff is {width} instead of {usual}: {why}")
+        if "num_active_params" in self.derived:
+            experts = f"{model.experts_per_token} of {model.num_experts} experts"
+            experts += f" and {model.shared_experts} shared" if model.shared_experts else ""
+            active = f"{self.derived['num_active_params']:,} parameters in all"
+            notes.append(f"a token is given {experts}: it meets {active}")
         if (remark := blocks.attention.remark()) is not None:
             notes.append(remark)
         self.console.show_start(facts, program.parameters, notes)

@@ -146,8 +146,8 @@ def muon_matrices(opt_state: Any, number: int) -> int:
     """Numbers in Muon's stacks of matrices of a shape, filled up for `number` devices."""
     stacks: collections.Counter[tuple[int, ...]] = collections.Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(opt_state, is_shape)):
-        if "['muon']" in jax.tree_util.keystr(path) and leaf.ndim == 3:
-            stacks[tuple(sorted(leaf.shape[1:]))] += leaf.shape[0]
+        if "['muon']" in jax.tree_util.keystr(path) and leaf.ndim >= 3:
+            stacks[tuple(sorted(leaf.shape[-2:]))] += math.prod(leaf.shape[:-2])
     return sum(math.prod(shape) * (n + -n % number) for shape, n in stacks.items())
 
 
