@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
             for pool in ("mean", "first", "random"):
                 start = converted(kind, seed, pool)
                 rows.setdefault((kind, f"{pool}, converted"), []).append(scored(start))
-                for fraction in FRACTIONS if pool == "mean" else FRACTIONS[1:2]:
+                for fraction in FRACTIONS if pool == "mean" else ():
                     steps = max(1, round(fraction * num_steps))
                     lasts = [f"trainer.num_steps={steps}", f"init_from={start}", *GENTLE]
                     name = f"{pool}, {steps} steps more ({fraction:.0%})"
