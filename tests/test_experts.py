@@ -381,7 +381,7 @@ def test_a_run_logs_what_its_routers_did_and_resumes(tmp_path: Path, capsys):
     sizes = ["num_steps=4", "eval_every=4", "log_every=2", "eval_tokens=64", "sample_chars=0"]
     others = ["mode=disabled", *(f"trainer.{size}" for size in sizes)]
     train(training_config(*SIGMOID, "num_layers=1", others=others), tmp_path)
-    assert "a token is given 2 of 4 experts and 2 shared: it meets" in capsys.readouterr().out
+    assert "a token is given 2 of 4 experts and 2 shared, " in capsys.readouterr().out
     resume(tmp_path, ["trainer.num_steps=6"])
     names = {"load_max", "load_min", "load_entropy", "dead", "router_entropy", "aux_loss", "z_loss"}
     lines = metrics(tmp_path)

@@ -201,8 +201,8 @@ class Recorder(Follower):
         if "num_active_params" in self.derived:
             experts = f"{model.experts_per_token} of {model.num_experts} experts"
             experts += f" and {model.shared_experts} shared" if model.shared_experts else ""
-            active = f"{self.derived['num_active_params']:,} parameters in all"
-            notes.append(f"a token is given {experts}: it meets {active}")
+            active = f"{self.derived['num_active_params']:,} of the parameters"
+            notes.append(f"a token is given {experts}, {active} in all")
         if (remark := blocks.attention.remark()) is not None:
             notes.append(remark)
         self.console.show_start(facts, program.parameters, notes)
