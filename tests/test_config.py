@@ -59,7 +59,11 @@ def refusal(error: pytest.ExceptionInfo[ConfigError]) -> str:
 
 AT_LEAST_1 = ["model.d_model", "model.num_layers", "model.num_heads", "model.num_kv_heads"]
 AT_LEAST_1 += ["model.head_dim", "model.d_ff", "dataset.seq_len", "optimizer.newton_schulz_steps"]
-AT_LEAST_1 += [f"model.mla.{field.name}" for field in dataclasses.fields(config.MLAConfig)]
+AT_LEAST_1 += [
+    f"model.mla.{field.name}"
+    for field in dataclasses.fields(config.MLAConfig)
+    if field.metadata["option"].least
+]
 AT_LEAST_1 += ["trainer.num_steps", "trainer.batch_size", "trainer.grad_accum_steps"]
 AT_LEAST_1 += ["trainer.num_devices", "trainer.log_every", "trainer.eval_every"]
 AT_LEAST_1 += ["trainer.eval_tokens", "trainer.checkpoint_every", "trainer.max_skipped_steps"]

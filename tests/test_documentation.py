@@ -61,6 +61,7 @@ NOT_RUN = {
     "wandb": "needs an account or a terminal; its subcommand is checked",
     "chargpt dashboard entity=": "needs an account; its options are checked",
     "python main.py experiment=compare": "18 runs; test_sweeping.py runs them",
+    "chargpt convert run=outputs/mqa": "needs a run with heads of 32; test_origin.py converts one",
     "srun": "needs a cluster; what it starts is checked",
     "python main.py --multirun launcher=": "other processes; test_sweeping.py starts them",
 }

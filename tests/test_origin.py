@@ -1,6 +1,7 @@
 """Beginning from another model, and converting one: numbers, characters, what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import equinox as eqx
@@ -191,6 +192,51 @@ def test_as_many_heads_are_the_same_model_and_equal_heads_lose_nothing(folder: F
     assert describe_leaves(state.model) != describe_leaves(converted)
 
 
+MLA = ["model.mha_type=mla", "model.mla.latent_norm=false", "model.mla.v_head_dim=4"]
+
+
+@pytest.mark.parametrize(
+    ("source", "heads", "rank"),
+    [
+        ("gqa model.positions=alibi", "qk_nope_head_dim=4 qk_rope_head_dim=2", 16),
+        ("gqa model.positions=none model.sink=learned", "qk_nope_head_dim=4", 20),
+        ("mqa", "qk_rope_head_dim=4 qk_nope_head_dim=3", 4),
+    ],
+)
+def test_grouped_heads_are_latent_ones_exactly_if_the_rank_allows(
+    source: str, heads: str, rank: int, folder: Folder, capsys: pytest.CaptureFixture
+) -> None:
+    path, model = folder.run("old", *f"model.mha_type={source}".split())
+    kind = [*MLA, *(f"model.mla.{head}" for head in heads.split())]
+    tokens = jnp.arange(12)
+    converted, _ = convert(folder, path, *kind, f"model.mla.kv_lora_rank={rank}")
+    assert "by layer: 0.00%, 0.00%" in capsys.readouterr().err
+    np.testing.assert_allclose(converted(tokens), model(tokens), atol=2e-5)
+    smaller, _ = convert(folder, path, *kind, f"model.mla.kv_lora_rank={rank // 2}")
+    lost = re.search(r"by layer: ([\d.]+)%", capsys.readouterr().err)
+    assert lost is not None and 5 < float(lost[1]) < 80
+    assert np.abs(smaller(tokens) - model(tokens)).max() > 1e-2
+
+
+MISFITS = {
+    "model.mla.latent_norm=true": "model.mla.latent_norm=true: is not linear; write",
+    "model.mla.v_head_dim=8": "model.mla.v_head_dim=8: that run needs 4; write that",
+    "model.mla.qk_nope_head_dim=8": "model.mla.qk_nope_head_dim=8: that run needs 4; write that",
+    "model.mla.q_lora_rank=4": "model.mla.q_lora_rank: queries stay as they are; write null",
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_sizes_that_cannot_be_those_of_the_run_are_named(
+    misfit: str, folder: Folder, capsys: pytest.CaptureFixture
+) -> None:
+    path, _ = folder.run("old", "model.mha_type=gqa", "model.positions=none")
+    fitting = [option for option in MLA if option.split("=")[0] != misfit.split("=")[0]]
+    out = folder.path / "new"
+    assert run_tool(["convert", f"run={path}", f"out={out}", *fitting, misfit]) == 2
+    assert MISFITS[misfit] in capsys.readouterr().err and not out.exists()
+
+
 def test_a_matched_feed_forward_layer_keeps_its_width(folder: Folder) -> None:
     path, model = folder.run("old", "model.mha_type=gqa", "model.match=params")
     width = model.stacked.feed_forward.up_proj.out_features
@@ -202,7 +248,8 @@ def test_a_matched_feed_forward_layer_keeps_its_width(folder: Folder) -> None:
 
 
 REFUSED = {
-    "model.mha_type=mla": "model.mha_type=mla: there is no conversion from gqa; write gqa or mqa",
+    "model.mha_type=selective": "there is no conversion from gqa; write gqa, mqa or mla",
+    "model.mha_type=mla": "the 2 key heads of that run turn by RoPE, and MLA has one",
     "model.mha_type=standard": "model.num_kv_heads=4: does not divide the key/value heads of",
     "model.d_model=32": "model.d_model=32: is 16 in that run, and stays so",
     "model.num_layers=3": "its model has another shape",

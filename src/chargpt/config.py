@@ -143,6 +143,7 @@ class MLAConfig(Group):
     qk_nope_head_dim: int = fixed(least=1)
     qk_rope_head_dim: int = fixed(least=1)
     v_head_dim: int = fixed(least=1)
+    latent_norm: bool = fixed(True)
 
 
 @dataclasses.dataclass

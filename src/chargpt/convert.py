@@ -10,7 +10,7 @@ from chargpt.attention.conversion import Pool, convert
 from chargpt.checkpoint import Which, open_run
 from chargpt.compose import change, read_overrides
 from chargpt.config import Match
-from chargpt.errors import require
+from chargpt.errors import note, require
 from chargpt.model import feed_forward_width
 from chargpt.origin import Origin, adopted, shapes_of
 from chargpt.train import Stream, random_key
@@ -48,11 +48,13 @@ def convert_run(options: ConvertOptions) -> None:
     layers = jax.random.split(random_key(config.seed, Stream.init), model.num_layers)
     wanted = abstract(make_attention, config.model)
     pooled = eqx.filter_vmap(lambda layer, key: convert(layer, wanted, options.pool, key=key))
-    attention = pooled(model.stacked.attention, layers)
+    found = pooled(model.stacked.attention, layers)
     had, asked = header.config.model.mha_type.name, config.model.mha_type.name
     none = f"model.mha_type={asked}: there is no conversion from {had}"
-    require(attention is not None, f"{none}; write gqa or mqa, for a run of standard or gqa")
+    require(found is not None, f"{none}; write gqa, mqa or mla, for a run of standard, gqa or mqa")
+    attention, errors = found
     model = eqx.tree_at(lambda model: model.stacked.attention, model, attention)
     origin = Origin(f"run={run_dir}", header.config, header.vocabulary, model)
     model = adopted(origin, shapes_of(config, len(header.vocabulary)), config)
+    note(f"what is lost of W_k and W_v, by layer: {', '.join(f'{each:.2%}' for each in errors)}")
     write_run(out, at_step_0(config, header.vocabulary, header.corpus_sha256), model)

@@ -27,7 +27,8 @@ class MultiHeadLatentAttention(AbstractAttention):
     Many tokens expand the latents to keys and values. A single decoded token uses the absorbed form
     instead: q_nope is carried into the latent space through W_kvb's key half, and the output back
     through its value half, so that attention is multi-query attention over the latents themselves
-    and nothing is expanded.
+    and nothing is expanded. Without `latent_norm` c is c~, and such a layer can equal one of
+    grouped-query attention (conversion.py).
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"rope"})
@@ -46,7 +47,7 @@ class MultiHeadLatentAttention(AbstractAttention):
     q_a_norm: eqx.nn.RMSNorm | None
     q_b_proj: eqx.nn.Linear | None
     kv_a_proj: eqx.nn.Linear
-    kv_a_norm: eqx.nn.RMSNorm
+    kv_a_norm: eqx.nn.RMSNorm | None
     kv_b_proj: eqx.nn.Linear
     o_proj: eqx.nn.Linear
     d_model: int = eqx.field(static=True)
@@ -68,6 +69,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         v_head_dim: int,
         rope_theta: float | None,
         *,
+        latent_norm: bool = True,
         key: PRNGKeyArray,
     ):
         require_even("model.mla.qk_rope_head_dim", qk_rope_head_dim, rope_theta)
@@ -82,7 +84,8 @@ class MultiHeadLatentAttention(AbstractAttention):
             self.q_a_norm = eqx.nn.RMSNorm(q_lora_rank, eps=1e-6, use_bias=False)
             self.q_b_proj = base.projection(q_lora_rank, query_width, q_b_key)
         self.kv_a_proj = base.projection(d_model, latent_width, kv_a_key)
-        self.kv_a_norm = eqx.nn.RMSNorm(kv_lora_rank, eps=1e-6, use_bias=False)
+        norm = eqx.nn.RMSNorm(kv_lora_rank, eps=1e-6, use_bias=False)
+        self.kv_a_norm = norm if latent_norm else None
         self.kv_b_proj = base.projection(kv_lora_rank, num_heads * kv_width, kv_b_key)
         self.o_proj = base.projection(num_heads * v_head_dim, d_model, o_key)
         self.d_model, self.num_heads, self.rope_theta = d_model, num_heads, rope_theta
@@ -100,7 +103,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         q_rope = apply_rope(q_rope, positions, self.rope_theta)
         down = jnp.einsum("sm,cm->sc", x, self.kv_a_proj.weight)
         latents, k_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
-        latents = jax.vmap(self.kv_a_norm)(latents)
+        latents = latents if self.kv_a_norm is None else jax.vmap(self.kv_a_norm)(latents)
         k_rope = apply_rope(k_rope[:, None, :], positions, self.rope_theta)[:, 0, :]
         return (q_nope, q_rope), (latents, k_rope)
 
