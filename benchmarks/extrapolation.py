@@ -27,11 +27,6 @@ from chargpt.study.figures import PAPER, marker, new_figure, to_png
 CONTEXTS = [8, 16, 32, 64, 128, 256, 512, 1024]
 
 
-def kind_of(config: Config) -> str:
-    model = config.model
-    return model.positions.name if model.positions else "rope" if model.rope else "none"
-
-
 def losses_of(run: Path) -> tuple[Config, dict[int, float]]:
     """{context: nats per character} of a run."""
     _, state, header = open_run(str(run), Which.best)
@@ -54,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     trained = set()
     for run in find_runs([text for text in arguments if not text.startswith("figure=")]):
         config, losses = losses_of(run)
-        found[kind_of(config)].append(losses)
+        found[config.model.positions_name].append(losses)
         trained.add(config.dataset.seq_len)
     print(f"{machine()}; trained with contexts of {', '.join(map(str, sorted(trained)))}\n")
     print(f"| positions | runs | {' | '.join(map(str, CONTEXTS))} |")

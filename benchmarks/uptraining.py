@@ -24,6 +24,7 @@ from chargpt.cli import run_tool
 from chargpt.compose import compose, slug
 from chargpt.corpus import load_corpus, make_windows
 from chargpt.parallel import offer_cpu_devices
+from chargpt.run import start
 from chargpt.run.evaluate import eval_batch_size, evaluate
 
 EXPERIMENT = ["experiment=fast_cpu", "mode=disabled", "model.match=none"]
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     def trained(name: str, seed: str, *overrides: str) -> float:
         """Final validation loss of a run, trained unless it is there already."""
         run_dir = folder / slug(f"{name}-{seed}")
-        if not (run_dir / "summary.json").exists():
+        if (run_dir / "metrics.jsonl").exists() and not (run_dir / "summary.json").exists():
+            start.resume(run_dir, [])
+        elif not (run_dir / "summary.json").exists():
             chargpt.train(*common, f"seed={seed}", *overrides, run_dir=run_dir)
         return float(chargpt.load(run_dir).record.summary["final/val_loss"])
 
@@ -82,11 +85,11 @@ def main(arguments: Sequence[str]) -> None:
             loss = trained(f"{kind}-scratch", seed, *options, f"trainer.num_steps={longest}")
             rows.setdefault((kind, scratch), []).append(loss)
             for pool in ("mean", "first", "random"):
-                start = converted(kind, seed, pool)
-                rows.setdefault((kind, f"{pool}, converted"), []).append(scored(start))
+                origin = converted(kind, seed, pool)
+                rows.setdefault((kind, f"{pool}, converted"), []).append(scored(origin))
                 for fraction in FRACTIONS if pool == "mean" else ():
                     steps = max(1, round(fraction * num_steps))
-                    lasts = [f"trainer.num_steps={steps}", f"init_from={start}", *GENTLE]
+                    lasts = [f"trainer.num_steps={steps}", f"init_from={origin}", *GENTLE]
                     name = f"{pool}, {steps} steps more ({fraction:.0%})"
                     loss = trained(f"{kind}-{pool}-{steps}", seed, *options, *lasts)
                     rows.setdefault((kind, name), []).append(loss)

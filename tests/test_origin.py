@@ -112,12 +112,16 @@ def test_what_a_run_cannot_begin_from_is_refused_by_name(folder: Folder) -> None
     refusals = [
         (
             folder.config(f"init_from={path}"),
-            r"^init_from=\S+old: its model has another shape \(at \S+\); "
-            "write those that make it so: model.mha_type=gqa model.d_model=8$",
+            r"^init_from=\S+old: its model has another shape \(at \S+\); it was trained with "
+            "model.mha_type=gqa model.d_model=8: write those that matter for it$",
+        ),
+        (
+            folder.config(*fitting, "model.num_heads=2", "model.num_kv_heads=1"),
+            "its model has another shape",
         ),
         (
             folder.config("init_from=/nowhere"),
-            "^init_from=/nowhere: there is no such run directory",
+            "^init_from=/nowhere: is neither a run directory nor a safetensors file",
         ),
         (
             folder.config(*fitting, text=TEXT + "é"),
@@ -237,6 +241,38 @@ def test_sizes_that_cannot_be_those_of_the_run_are_named(
     assert MISFITS[misfit] in capsys.readouterr().err and not out.exists()
 
 
+def test_every_weight_of_a_latent_layer_made_so_can_learn(folder: Folder) -> None:
+    """Also where the function would not change if there were zeros on both sides."""
+    path, _ = folder.run("old", "model.mha_type=mqa")
+    sizes = ["qk_rope_head_dim=4", "qk_nope_head_dim=3", "kv_lora_rank=6"]
+    model, _ = convert(folder, path, *MLA, *(f"model.mla.{size}" for size in sizes))
+    tokens = jnp.arange(12)
+    grads = eqx.filter_jit(eqx.filter_grad(lambda m: m(tokens)[:, 0].sum()))(model)
+    for name in ("q_proj", "kv_b_proj"):
+        weight = getattr(model.stacked.attention, name).weight
+        grad = getattr(grads.stacked.attention, name).weight
+        moves = (np.abs(weight) > 0) | (np.abs(grad) > 0)
+        assert moves.all(), name
+
+
+def test_a_converted_run_keeps_the_characters_of_the_first_model(
+    folder: Folder, capsys: pytest.CaptureFixture
+) -> None:
+    path, _ = folder.run("old")
+    config = folder.config(f"init_from={path}", text=PART)
+    (folder.path / "new").mkdir()
+    start.train(config, folder.path / "new")
+    out = folder.path / "converted"
+    arguments = [f"run={folder.path / 'new'}", f"out={out}", "model.mha_type=gqa"]
+    assert run_tool(["convert", *arguments, "model.num_kv_heads=4"]) == 0
+    losses = []
+    for run in ("new", "converted"):
+        capsys.readouterr()
+        assert run_tool(["evaluate", f"run={folder.path / run}"]) == 0
+        losses.append(capsys.readouterr().out)
+    assert losses[0] == losses[1]
+
+
 def test_a_matched_feed_forward_layer_keeps_its_width(folder: Folder) -> None:
     path, model = folder.run("old", "model.mha_type=gqa", "model.match=params")
     width = model.stacked.feed_forward.up_proj.out_features
@@ -250,10 +286,13 @@ def test_a_matched_feed_forward_layer_keeps_its_width(folder: Folder) -> None:
 REFUSED = {
     "model.mha_type=selective": "there is no conversion from gqa; write gqa, mqa or mla",
     "model.mha_type=mla": "the 2 key heads of that run turn by RoPE, and MLA has one",
-    "model.mha_type=standard": "model.num_kv_heads=4: does not divide the key/value heads of",
-    "model.d_model=32": "model.d_model=32: is 16 in that run, and stays so",
-    "model.num_layers=3": "its model has another shape",
-    "trainer.num_steps=5": "trainer.num_steps: a conversion changes the model alone",
+    "model.mha_type=standard": "key/value heads=4: does not divide those of that run=2",
+    "model.mha_type=mqa model.d_model=32": "model.d_model: a conversion changes model.mha_type, ",
+    "model.qk_norm=true": "model.qk_norm: a conversion changes model.mha_type, model.num_kv_heads",
+    "trainer.num_steps=5": "trainer.num_steps: a conversion changes model.mha_type, ",
+    "pol=first": "leave it out; did you mean pool?",
+    "model.num_kv_heads=(2": "model.num_kv_heads=(2",
+    "experiment=debug": "experiment=debug: ",
     "": "nothing to convert to; write model.mha_type=gqa",
 }
 

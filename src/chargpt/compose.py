@@ -68,7 +68,11 @@ def change(config: Config, values: Mapping[str, Any]) -> Config:
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """{dotted name: value} of overrides; ConfigError if one adds, deletes or chooses a file."""
     values = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain(error)) from None
+    for override in parsed:
         name, line = override.key_or_group, override.input_line
         chooses = name in ("experiment", "launcher")
         single = not (chooses or override.is_delete() or override.is_add())

@@ -198,9 +198,13 @@ class ModelConfig(Group):
             letters = "must consist of L (a layer with the window) and G (one without)"
             require(bool(pattern) and set(pattern) <= {"L", "G"}, rule + letters)
             require(self.window is not None, rule + "needs a window; write model.window=W")
+            local = any(window is not None for window in self.windows)
+            require(
+                local, f"{rule}none of {self.num_layers} layers has the window; write L earlier"
+            )
 
     def _check_positions(self) -> None:
-        """Nothing said by `positions` is said otherwise by `rope` or `learned_positions`."""
+        """Neither `rope=false` nor `learned_positions=true` contradicts `positions`."""
         if self.positions is None:
             return
         chosen = f"model.positions={self.positions.name} says otherwise; leave one of them out"
@@ -216,12 +220,28 @@ class ModelConfig(Group):
             require(per_token <= number, f"model.experts_per_token={per_token}: {rule}")
             rule = "counts the weights of a layer without experts; write model.match=none"
             require(self.match is Match.none, f"model.match={self.match}: {rule}")
-            return
-        neutral = {"shared_experts": 0, "expert_d_ff": None, "router": Router.softmax}
-        for name, value in (neutral | {"router_z_loss": 0.0}).items():
-            rule = "is read only with experts; write model.num_experts=E as well"
-            own = getattr(self, name)
-            require(own == value, f"model.{name}={own}: {rule}")
+        names = ["experts_per_token", "shared_experts", "expert_d_ff", "router"]
+        names += ["router_renormalise", "router_z_loss"]
+        unread = dict.fromkeys([] if number else names, "model.num_experts=E")
+        unread |= {"router_aux_loss": "model.router=softmax"} if self.has_biases else {}
+        if not self.has_biases:
+            unread["router_bias_rate"] = "model.router=sigmoid_bias"
+        for name, needed in unread.items():
+            own, neutral = getattr(self, name), options()[f"model.{name}"][1].neutral
+            rule = f"is read only with {needed}; write that as well"
+            require(own == neutral, f"model.{name}={own}: {rule}")
+
+    @property
+    def has_biases(self) -> bool:
+        return self.router is Router.sigmoid_bias
+
+    @property
+    def positions_name(self) -> str:
+        """How the model knows positions, for people."""
+        if self.positions is not None and self.positions is not Positions.none:
+            return self.positions.name
+        kinds = {"rope": self.has_rope, "learned": self.has_learned_positions}
+        return " and ".join(kind for kind, has in kinds.items() if has) or "no positions"
 
     @property
     def has_rope(self) -> bool:

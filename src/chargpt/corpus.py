@@ -91,8 +91,8 @@ def load_corpus(config: DatasetConfig, vocabulary: str | None = None) -> Corpus:
     try:
         tokens = tokenizer.encode(text)
     except ValueError as error:
-        rule = "which is that of the model to begin from; write a text that it can read"
-        raise ConfigError(f"dataset.{source}: has characters {error}, {rule}") from None
+        advice = "that of the model; write a text of characters that it knows"
+        raise ConfigError(f"dataset.{source}: has characters {error}, {advice}") from None
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     train, val = np.split(tokens, [len(tokens) - int(len(tokens) * config.val_fraction)])
     for name, split in (("training", train), ("validation", val)):

@@ -119,8 +119,8 @@ class MixtureOfExperts(eqx.Module):
         """The output, and what the router did."""
         shares, routing = self.router(x)
         hidden = self.experts.hidden(x).reshape(*shares.shape, -1)
-        weighed = hidden * shares.astype(x.dtype)[:, :, None]
-        y = jnp.einsum("tef,emf->tm", weighed, self.experts.down_proj.weight)
+        weighted = hidden * shares.astype(x.dtype)[:, :, None]
+        y = jnp.einsum("tef,emf->tm", weighted, self.experts.down_proj.weight)
         return y if self.shared_experts is None else y + self.shared_experts(x), routing
 
     @property

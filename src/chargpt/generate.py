@@ -60,9 +60,10 @@ def generate(
 
     The cache holds `max_seq_len` tokens, the context that the model was trained on. When it is
     full, its last half is read again into an empty cache, at positions from 0, and the text
-    continues from there: every token is predicted from at least the last max_seq_len // 2 tokens,
-    and a text of any length costs the same per token. Token i of a sample is drawn with
-    fold_in(key, i): the text depends neither on the size of the pieces nor on other samples.
+    continues from there: every token is predicted from at least the last max_seq_len // 2 tokens
+    (of which layers with a window read less), and a text of any length costs the same per token.
+    Token i of a sample is drawn with fold_in(key, i): the text depends neither on the size of the
+    pieces nor on other samples.
     """
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")

@@ -2,44 +2,52 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-import equinox as eqx
-
-from chargpt.attention import filled_in
-from chargpt.checkpoint import Which, describe_leaves, open_run
-from chargpt.config import Config, settings_of, spell
+from chargpt.attention import abstract, filled_in
+from chargpt.checkpoint import CheckpointError, Which, describe_leaves, open_run, read_header
+from chargpt.config import Config, ModelConfig, settings_of, spell
 from chargpt.corpus import Corpus, load_corpus
-from chargpt.errors import ConfigError, require
+from chargpt.errors import ConfigError, note, require
 from chargpt.model import GPT
-from chargpt.train import Stream, random_key
-from chargpt.weights import read_export
+from chargpt.weights import read_export, read_own_header
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A model to begin from: its numbers, what they were trained as, and which characters it knows.
+    """A model to begin from, by its header: what it was trained as, which characters it knows.
 
-    Of a run, those of its best checkpoint, averaged if it averages.
+    Of a run, that of its best checkpoint.
     """
 
     name: str
+    path: Path
     config: Config
     vocabulary: str
-    model: GPT
+
+    def model(self) -> GPT:
+        """Its numbers; averaged if the run averages."""
+        if self.path.is_file():
+            return read_export(self.name, self.path)[1]
+        return open_run(str(self.path), Which.best)[1].averaged
 
 
 def read_origin(path: str) -> Origin:
-    """The model of a run directory, or of a file of `chargpt export`; ConfigError if it is none."""
-    name = f"init_from={path}"
-    if Path(path).is_file():
-        header, model = read_export(name, Path(path))
-        return Origin(name, header.config, header.vocabulary, model)
-    require(Path(path).is_dir(), f"{name}: there is no such run directory or safetensors file")
-    try:
-        _, state, header = open_run(path, Which.best)
-    except ConfigError as error:
-        raise ConfigError(f"init_from: {error}") from None
-    return Origin(name, header.config, header.vocabulary, state.averaged)
+    """The model of a run directory, or of a file of `chargpt export`; ConfigError if it is none.
+
+    No device holds anything of it yet.
+    """
+    name, file = f"init_from={path}", Path(path)
+    if not file.is_file():
+        file /= f"checkpoints/{Which.best.name}.eqx"
+        require(file.is_file(), f"{name}: is neither a run directory nor a safetensors file")
+        try:
+            header = read_header(file)[0]
+        except CheckpointError as error:
+            raise ConfigError(f"init_from: {error}") from None
+    else:
+        header = read_own_header(name, file)
+    return Origin(name, Path(path), header.config, header.vocabulary)
 
 
 def load_text(config: Config, vocabulary: str | None = None) -> Corpus:
@@ -48,10 +56,11 @@ def load_text(config: Config, vocabulary: str | None = None) -> Corpus:
     `vocabulary` is that of a run which has begun. Otherwise ConfigError, naming options, unless the
     model of `init_from` is of the shape that the configuration asks for.
     """
-    if config.init_from is None:
-        return load_corpus(config.dataset)
-    if vocabulary is None:
-        vocabulary = check(config).vocabulary
+    if vocabulary is None and config.init_from is not None:
+        origin = check(config)
+        vocabulary = origin.vocabulary
+        if changed := differences(origin.config, config):
+            note(f"{origin.name}: that model was trained with {' '.join(changed)}")
     return load_corpus(config.dataset, vocabulary)
 
 
@@ -59,24 +68,41 @@ def check(config: Config) -> Origin:
     """The model that `init_from` names; ConfigError unless the configuration can begin from it."""
     assert config.init_from is not None
     origin = read_origin(config.init_from)
-    adopted(origin, shapes_of(config, len(origin.vocabulary)), config)
+    size = len(origin.vocabulary)
+    check_shapes(origin, shapes_of(origin.config, size), shapes_of(config, size), config)
     return origin
 
 
+def check_shapes(origin: Origin, found: GPT, wanted: GPT, config: Config) -> None:
+    """ConfigError, naming options, unless the numbers of `found` are those that `wanted` has."""
+    ours, theirs = describe_leaves(wanted), describe_leaves(found)
+    heads = config.model.num_heads == origin.config.model.num_heads
+    if ours == theirs and heads:
+        return
+    odd = [leaf for leaf in ours + theirs if leaf not in theirs or leaf not in ours]
+    where = f" (at {odd[0][0]})" if odd else ""
+    other = " ".join(differences(origin.config, config))
+    problem = f"{origin.name}: its model has another shape{where}"
+    raise ConfigError(f"{problem}; it was trained with {other}: write those that matter for it")
+
+
+def differences(config: Config, other: Config) -> list[str]:
+    """How the model of `config` is spelled where that of the other differs."""
+    ours, theirs = settings_of(config), settings_of(other)
+    names = [name for name in ours if name.startswith("model.") or name == "dataset.seq_len"]
+    return [f"{name}={spell(ours[name])}" for name in names if ours[name] != theirs[name]]
+
+
 def shapes_of(config: Config, vocab_size: int) -> GPT:
-    key = random_key(0, Stream.init)
-    sizes = vocab_size, config.dataset.seq_len
-    return eqx.filter_eval_shape(GPT, config.model, *sizes, key=key)
+    """The model of `config`, with shapes in place of arrays."""
+
+    def make(model: ModelConfig, *, key: Any) -> GPT:
+        return GPT(model, vocab_size, config.dataset.seq_len, key=key)
+
+    return abstract(make, config.model)
 
 
-def adopted(origin: Origin, shapes: GPT, config: Config) -> GPT:
-    """The numbers of `origin` in a model of `config`, which `shapes` has; ConfigError by name."""
-    found, wanted = (describe_leaves(model) for model in (origin.model, shapes))
-    if found != wanted:
-        ours, theirs = settings_of(config), settings_of(origin.config)
-        names = [name for name in ours if name.startswith("model.") or name == "dataset.seq_len"]
-        other = [f"{name}={spell(theirs[name])}" for name in names if ours[name] != theirs[name]]
-        odd = next(leaf for leaf in wanted + found if leaf not in found or leaf not in wanted)
-        where = f"(at {odd[0]}); write those that make it so: {' '.join(other)}"
-        raise ConfigError(f"{origin.name}: its model has another shape {where}")
-    return filled_in(shapes, origin.model)
+def adopt(config: Config) -> GPT:
+    """The model that `init_from` names, as one of `config`."""
+    origin = check(config)
+    return filled_in(shapes_of(config, len(origin.vocabulary)), origin.model())

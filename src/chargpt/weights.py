@@ -2,10 +2,10 @@
 
 Hugging Face's Llama names for everything that has one, Qwen3's for QK-norm, DeepSeek-V2's for MLA,
 OLMoE's and DeepSeek-V3's for experts. Our leaves are stacked over the layers, and over the experts;
-the file has one tensor per layer and expert. The rotary halves of MLA
-are laid out as in Llama; DeepSeek's own files interleave them. Reading is safe: safetensors holds
-only numbers, the library checks every offset against the file's size, and every shape is checked
-against the model's before a number is read.
+the file has one tensor per layer and expert. The rotary halves of MLA are laid out as in Llama;
+DeepSeek's own files interleave them. Reading is safe: safetensors holds only numbers, the library
+checks every offset against the file's size, and every shape is checked against the model's before a
+number is read.
 """
 
 import contextlib
@@ -174,13 +174,19 @@ def import_weights(options: ImportOptions) -> None:
 
 def read_export(name: str, path: Path) -> tuple[checkpoint.Header, GPT]:
     """What `chargpt export` wrote; ConfigError, which begins with `name`, if it did not."""
+    header = read_own_header(name, path)
+    with opened(name, path) as file:
+        return header, read_model(name, file, header, FLOATS[:1])
+
+
+def read_own_header(name: str, path: Path) -> checkpoint.Header:
+    """Only what such a file says about itself."""
     with opened(name, path) as file:
         metadata = file.metadata() or {}
-        first = f"chargpt import file={path} run=NEW, then init_from=NEW"
-        exported = "chargpt_format" in metadata
-        require(exported, f"{name}: was not written by chargpt export; write {first}")
-        header = at_step_0(*own_source(name, metadata))
-        return header, read_model(name, file, header, FLOATS[:1])
+    first = f"chargpt import file={path} run=NEW, then init_from=NEW"
+    exported = "chargpt_format" in metadata
+    require(exported, f"{name}: was not written by chargpt export; write {first}")
+    return at_step_0(*own_source(name, metadata))
 
 
 @contextlib.contextmanager

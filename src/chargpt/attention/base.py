@@ -197,9 +197,8 @@ def keep_newest(
     """
     slots, tokens = (jax.tree.leaves(tree)[0].shape[0] for tree in (cache, entries))
 
-    def positions_when(
-        newest: Position,
-    ) -> Int[Array, " slots"]:  # below 0: nothing was written there yet
+    def positions_when(newest: Position) -> Int[Array, " slots"]:
+        """Below 0 where nothing has been written yet."""
         return newest - (newest - jnp.arange(slots)) % slots
 
     kept = min(tokens, slots)

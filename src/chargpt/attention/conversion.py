@@ -25,7 +25,7 @@ Converted = tuple[AbstractAttention, Error]
 
 
 def convert(
-    layer: AbstractAttention, wanted: AbstractAttention, pool: Pool, *, key: PRNGKeyArray
+    layer: AbstractAttention, wanted: AbstractAttention, pool: Pool | None, *, key: PRNGKeyArray
 ) -> Converted | None:
     """`layer` as one of the type and sizes of `wanted`, which has shapes in place of arrays.
 
@@ -34,9 +34,10 @@ def convert(
     """
     match layer, wanted:
         case GroupedQueryAttention(), GroupedQueryAttention():
-            return fewer_heads(layer, wanted, pool, key)
+            return fewer_heads(layer, wanted, pool or Pool.mean, key)
         case GroupedQueryAttention(), MultiHeadLatentAttention():
-            return latent(layer, wanted)
+            require(pool is None, f"pool={pool}: MLA pools no heads; leave it out")
+            return latent(layer, wanted, key)
         case _:
             return None
 
@@ -46,10 +47,7 @@ def fewer_heads(
 ) -> Converted:
     """Adjacent key/value heads pooled (GQA, arXiv 2305.13245, section 2.1); all else stays."""
     number, fewer, width = layer.num_kv_heads, wanted.num_kv_heads, layer.head_dim
-    for name in ("d_model", "num_heads", "head_dim"):
-        had, asked = getattr(layer, name), getattr(wanted, name)
-        require(had == asked, f"model.{name}={asked}: is {had} in that run, and stays so")
-    require_divides("model.num_kv_heads", fewer, number, "the key/value heads of that run")
+    require_divides("key/value heads", fewer, number, "those of that run")
 
     def pooled(weight: Float[Array, "kh m"], key: PRNGKeyArray) -> tuple[Array, Array]:
         """The pooled weight, and what each of its heads was before minus what it is now."""
@@ -72,11 +70,14 @@ def fewer_heads(
     return converted, size(*lost) / size(*weights(layer))
 
 
-def latent(layer: GroupedQueryAttention, wanted: MultiHeadLatentAttention) -> Converted:
+def latent(
+    layer: GroupedQueryAttention, wanted: MultiHeadLatentAttention, key: PRNGKeyArray
+) -> Converted:
     """Keys and values made from a latent: W = [W_k ; W_v] by its r largest singular values.
 
     Exact if r is at least the rank of W, at most 2kh (TransMLA, arXiv 2502.07864). The rotary key
-    that all heads share takes no part, and the norm of the latent must be off, which is not linear.
+    that all heads share is met by queries of zero, and the norm of the latent must be off, because
+    it is not linear.
     With RoPE every key is rotary, so there may be only one: that of multi-query attention becomes
     the shared one, and W is W_v, of rank h at most.
     """
@@ -100,16 +101,22 @@ def latent(layer: GroupedQueryAttention, wanted: MultiHeadLatentAttention) -> Co
     left, singular, right = jnp.linalg.svd(whole, full_matrices=False)
     rank = wanted.kv_lora_rank
     kept = min(rank, len(singular))
-    spare = ((0, 0), (0, rank - kept))
-    up = jnp.pad(left[:, :kept] * singular[:kept], spare)  # [rows of `whole`, r]
-    down = jnp.pad(right[:kept].T, spare).T  # [r, m]
+    rank_key, head_key = jax.random.split(key)
+
+    def small(key: PRNGKeyArray, *shape: int) -> Array:
+        """What meets zeros: with zeros on both sides, neither would ever learn."""
+        return keys.std() * jax.random.normal(key, shape)
+
+    up = jnp.pad(left[:, :kept] * singular[:kept], ((0, 0), (0, rank - kept)))  # [_, r]
+    spare = small(rank_key, rank - kept, layer.d_model)
+    down = jnp.concatenate([right[:kept], spare])  # [r, m]
 
     def per_head(rows: Float[Array, "kh r"]) -> Float[Array, "n h r"]:
         return jnp.repeat(rows.reshape(k, h, rank), n // k, axis=0)
 
-    zeros = jnp.zeros((n, dn, rank)) if rope else per_head(up[: k * h])
-    kv_b = jnp.concatenate([zeros, per_head(up[-k * h :])], axis=1)
-    shared_key = keys if rope else jnp.zeros((dr, layer.d_model))
+    key_half = small(head_key, n, dn, rank) if rope else per_head(up[: k * h])
+    kv_b = jnp.concatenate([key_half, per_head(up[-k * h :])], axis=1)
+    shared_key = keys if rope else small(head_key, dr, layer.d_model)
     # The scale of MLA is that of its wider heads
     queries = layer.q_proj.weight.reshape(n, h, -1) * math.sqrt((dn + dr) / h)
     nothing = jnp.zeros((n, dn if rope else dr, layer.d_model))

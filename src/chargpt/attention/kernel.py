@@ -75,7 +75,7 @@ CAUSAL = Reading()
 
 
 def alibi_slopes(num_heads: int) -> Float[Array, " n"]:
-    """2^(-8/n), 2^(-16/n), …, 2^-8; if n is no power of two, as the paper's code fills up."""
+    """2^(-8/n), 2^(-16/n), …, 2^-8; for other n than powers of two as in the paper's code."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (num_heads - power), 2)]

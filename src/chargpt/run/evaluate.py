@@ -88,7 +88,7 @@ def attention_entropy(
 ) -> Float[Array, "layers n"] | None:
     """Entropy in nats of what each head reads, mean over positions: ln k for k tokens evenly.
 
-    None if the attention type has no weights.
+    None if the attention type has no weights. What a sink takes is left out.
     """
     weights = jax.vmap(model.attention_weights)(inputs)
     if weights is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from chargpt.checkpoint import read_header
 from chargpt.config import Config, options, settings_of
 from chargpt.corpus import Corpus
 from chargpt.errors import ConfigError, note, require
@@ -108,11 +109,15 @@ class Corpora:
     def __init__(self) -> None:
         self._known: dict[str, Corpus] = {}
 
-    def of(self, config: Config) -> Corpus:
-        """The corpus of a run; ConfigError if there is none."""
+    def of(self, config: Config, run_dir: Path) -> Corpus:
+        """The corpus of the run in `run_dir`; ConfigError if there is none."""
         text = f"{config.dataset} {config.init_from}"
         if text not in self._known:
-            self._known[text] = load_text(config)
+            last = run_dir / "checkpoints" / "last.eqx"
+            begun = config.init_from is not None and last.exists()
+            self._known[text] = load_text(
+                config, read_header(last)[0].vocabulary if begun else None
+            )
         return self._known[text]
 
 
@@ -263,7 +268,7 @@ def train_jobs(jobs: Sequence[Job], most: int | None) -> Iterator[tuple[Job, Out
     with StopSignal() as stop, cache.kept_executables(note):
         for job in jobs:
             try:
-                key = shared_step(job.config, corpora.of(job.config).sha256)
+                key = shared_step(job.config, corpora.of(job.config, job.run_dir).sha256)
             except ConfigError as error:
                 yield job, error
             else:
@@ -276,7 +281,7 @@ def train_jobs(jobs: Sequence[Job], most: int | None) -> Iterator[tuple[Job, Out
             next_job = functools.partial(next, iter(waiting), None)
             width, left = max(len(job.name) for job in group), dict.fromkeys(waiting)
             try:
-                program = fitting(config, corpora.of(config), len(group), most)
+                program = fitting(config, corpora.of(config, group[0].run_dir), len(group), most)
                 for job, outcome in Population(program, next_job, stop, width).train(num_steps):
                     left.pop(job)
                     yield job, outcome

@@ -19,7 +19,7 @@ from chargpt.costs import count_parameters, flops_per_token, idle_parameters, kv
 from chargpt.errors import require
 from chargpt.generate import generate
 from chargpt.model import GPT
-from chargpt.origin import adopted, read_origin
+from chargpt.origin import adopt
 from chargpt.parallel import MEMBERS, choose_devices
 from chargpt.run import cache
 from chargpt.run.evaluate import attention_entropy, eval_batch_size, evaluate
@@ -109,11 +109,16 @@ class Program:
         state = self._initial(self.devices.replicate(jnp.uint32(seed)))
         if self.config.init_from is None:
             return state
-        model = adopted(read_origin(self.config.init_from), self.shapes.model, self.config)
-        numbers = jax.tree.map(lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, model)
         begun = [state.model] if state.ema is None else [state.model, state.ema]
-        models = [self.devices.place(numbers) for _ in begun]  # a buffer each: they are donated
+        models = [self.devices.place(self._adopted) for _ in begun]  # a buffer each, to donate
         return eqx.tree_at(lambda state: [state.model, state.ema][: len(begun)], state, models)
+
+    @functools.cached_property
+    def _adopted(self) -> GPT:
+        """The model to begin from; its numbers are NumPy's."""
+        return jax.tree.map(
+            lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf, adopt(self.config)
+        )
 
     def put(self, states: TrainState | None, lane: int, state: TrainState) -> TrainState:
         """`states` with that of one lane replaced; by None, lanes that are all alike."""

@@ -183,9 +183,8 @@ class Recorder(Follower):
         losses = [f"{NAMES[name]} {loss:.3f}" for name, loss in corpus.baselines.items()]
         peak = f"{program.peak_flops / 1e9:,.0f} GFLOP/s"
         size, seq_len = program.cache_bytes, self.config.dataset.seq_len
-        positions = "rope" if model.has_rope else model.positions or "no rope"
         facts = {
-            "attention": f"{model.mha_type.name} ({positions})",
+            "attention": f"{model.mha_type.name} ({model.positions_name})",
             "options": " ".join(changed) or "all defaults",
             "device": f"{self.derived['device']}, {shared}, {peak} in matrix products",
             "corpus": f"{corpus.name}: {splits}, {len(corpus.tokenizer)} symbols",
@@ -201,8 +200,8 @@ class Recorder(Follower):
         if "num_active_params" in self.derived:
             experts = f"{model.experts_per_token} of {model.num_experts} experts"
             experts += f" and {model.shared_experts} shared" if model.shared_experts else ""
-            active = f"{self.derived['num_active_params']:,} of the parameters"
-            notes.append(f"a token is given {experts}, {active} in all")
+            active = f"{self.derived['num_active_params']:,} parameters"
+            notes.append(f"each token uses {experts}: {active}")
         if (remark := blocks.attention.remark()) is not None:
             notes.append(remark)
         self.console.show_start(facts, program.parameters, notes)

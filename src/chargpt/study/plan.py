@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from chargpt.attention import is_shape
 from chargpt.compose import compose
-from chargpt.config import Config, OptimizerName, Precision, require_at_least, require_between
+from chargpt.config import Config, OptimizerName, Precision, Sink, require_at_least, require_between
 from chargpt.corpus import load_corpus
 from chargpt.costs import count_parameters, flops_per_token
 from chargpt.errors import ConfigError, require
@@ -213,6 +213,8 @@ def show_plan(options: PlanOptions) -> None:
     largest = max(found.held, key=lambda name: found.held[name])
     advice = "" if fits else ADVICE.get(largest, "; parallel.fsdp=true shares out the state")
     console.print(f"{'fits' if fits else 'does not fit'} in {options.memory:g} GB{advice}\n")
+    if config.model.sink is not Sink.none or config.model.has_alibi:
+        console.print("sinks and ALiBi: on a GPU, the scores of a whole layer are not counted\n")
     rows = scaling(config, options, symbols)
     names = ("devices", "GB held", "compute, ms", "send, ms", "useful", "")
     grid = Table(*(Column(name, justify="right") for name in names), box=None, pad_edge=False)

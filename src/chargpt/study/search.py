@@ -246,7 +246,7 @@ def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) 
         """The trials, each with what its compiled step depends on."""
         for asked in trials:
             try:
-                corpus = corpora.of(asked.config)
+                corpus = corpora.of(asked.config, asked.run_dir)
             except ConfigError as error:
                 tell(study, asked, error)
             else:
@@ -277,7 +277,8 @@ def train_together(study: Any, trials: Iterator[Asked], options: SearchOptions) 
             ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
             left = max(1, options.num_trials - ended)
             try:
-                program = population.fitting(config, corpora.of(config), left, options.members)
+                corpus = corpora.of(config, first.run_dir)
+                program = population.fitting(config, corpus, left, options.members)
             except (ConfigError, RunFailed) as error:
                 tell(study, waiting.pop(0), error)
                 continue

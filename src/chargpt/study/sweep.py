@@ -51,7 +51,7 @@ class SweepCallback(Callback):
                 workers.check(config.hydra.launcher)
             if gathers(config.hydra):
                 check_members(config.hydra.launcher.members)
-            check_jobs(config)
+            check_jobs(config, begun=any(Path(folder).glob("*/config.yaml")))
         except ConfigError as error:
             sys.exit(fail(error))
         started.append(Path(folder))
@@ -60,14 +60,17 @@ class SweepCallback(Callback):
                 signal.signal(number, stop_workers)
 
 
-def check_jobs(sweep: DictConfig) -> None:
-    """ConfigError if the configuration of any job breaks a rule."""
+def check_jobs(sweep: DictConfig, begun: bool) -> None:
+    """ConfigError if the configuration of any job breaks a rule.
+
+    Jobs of a sweep that has begun need not begin from another model any more.
+    """
     from chargpt import origin  # imports JAX
 
     for number, (overrides, settings) in enumerate(jobs(sweep)):
         try:
             config = parse(settings)
-            if config.init_from is not None:
+            if config.init_from is not None and not begun:
                 origin.check(config)
         except ConfigError as error:
             raise ConfigError(f"job {number} ({overrides}): {error}") from None
