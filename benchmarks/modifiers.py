@@ -34,6 +34,8 @@ ARMS = {
     "positions=sinusoidal": ("model.positions=sinusoidal",),
     "positions=learned": ("model.positions=learned",),
     "positions=none": ("model.positions=none",),
+    "match=none": ("model.match=none",),
+    "num_experts=8": ("model.match=none", "model.num_experts=8"),
 }
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,13 @@ def test_lock_files_hold_hashes_and_no_addresses(lock: str) -> None:
 def test_flake_parses() -> None:
     command = ["nix-instantiate", "--parse", str(ROOT / "flake.nix")]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def test_importing_every_module_touches_no_device() -> None:
+    """JAX takes the number of CPU devices only before it has looked for devices."""
+    names = [f"chargpt.{module_of(path)}" for path in SOURCES if path.stem[0] != "_"]
+    code = f"import importlib\nfor name in {names}:\n    importlib.import_module(name)\n"
+    code += (
+        "import jax\njax.config.update('jax_num_cpu_devices', 3)\nassert len(jax.devices()) == 3"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,6 @@
 """Hugging Face's Llama models: which of them our model can be, and with which configuration."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -51,7 +52,8 @@ def from_llama(path: Path, dataset: dict[str, Any], seq_len: int | None) -> Conf
     return change(compose(), values | {"dataset.seq_len": seq_len, "wandb.name": kind.name})
 
 
-NORM_EPS = eqx.nn.RMSNorm(1, use_bias=False).eps
+# Read off its signature: making one would make an array, and so choose the devices
+NORM_EPS = inspect.signature(eqx.nn.RMSNorm).parameters["eps"].default
 # {field: (the value of our model, Hugging Face's default, why no other can be imported)}
 OURS: dict[str, tuple[Any, Any, str]] = {
     "model_type": ("llama", None, "only llama can be imported"),
