@@ -218,6 +218,10 @@ class ModelConfig(Group):
         if number is not None:
             rule = f"is more than model.num_experts={number}; write that or fewer"
             require(per_token <= number, f"model.experts_per_token={per_token}: {rule}")
+            learns = per_token > 1 or not self.router_renormalise
+            rule = "the share of a token's one expert is 1, from which no router learns"
+            advice = "write model.router_renormalise=false"
+            require(learns, f"model.experts_per_token={per_token}: {rule}; {advice}")
             rule = "counts the weights of a layer without experts; write model.match=none"
             require(self.match is Match.none, f"model.match={self.match}: {rule}")
         names = ["experts_per_token", "shared_experts", "expert_d_ff", "router"]
