@@ -2,11 +2,12 @@
 
     python benchmarks/modifiers.py                            # the sizes of experiment=fast_cpu
     python benchmarks/modifiers.py experiment=null dataset.seq_len=1024 trainer.batch_size=2
-    python benchmarks/modifiers.py rounds=9 model.mha_type=selective
+    python benchmarks/modifiers.py rounds=9 model.mha_type=selective only=window
 
-Arguments other than `rounds` and `steps` are overrides of a run. Rounds are interleaved; a ratio
-is the median over rounds of the time beside that of the plain model in the same round. Memory is
-what XLA allots to the compiled steps. The cache is that of a full context, per token.
+`only` chooses arms by a part of their names; other arguments are overrides of a run. Rounds are
+interleaved; a ratio is the median over rounds of the time beside that of the plain model in the same
+round. Memory is what XLA allots to the compiled steps. The cache is that of a full context, per
+token.
 """
 
 import statistics
@@ -40,6 +41,7 @@ ARMS = {
 
 
 def main(arguments: Sequence[str]) -> None:
+    only = ""
     numbers, overrides = (
         {"rounds": 5, "steps": 10},
         ["experiment=fast_cpu", "dataset.name=shakespeare"],
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str]) -> None:
         name, _, value = argument.partition("=")
         if name in numbers:
             numbers[name] = int(value)
+        elif name == "only":
+            only = value
         elif name == "experiment":
             overrides[0] = argument
         else:
@@ -60,6 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{' '.join(overrides)}, context {seq_len}\n")
     arms: dict[str, Arm] = {}
     for name, own in ARMS.items():
+        if name != "plain" and only not in name:
+            continue
         own = tuple(override.replace("$quarter", quarter) for override in own)
         try:
             config = compose((*overrides, *own))
