@@ -5,9 +5,9 @@
     python benchmarks/modifiers.py rounds=9 model.mha_type=selective only=window
 
 `only` chooses arms by a part of their names; other arguments are overrides of a run. Rounds are
-interleaved; a ratio is the median over rounds of the time beside that of the plain model in the same
-round. Memory is what XLA allots to the compiled steps. The cache is that of a full context, per
-token.
+interleaved; a ratio is the median over rounds of the time beside that of the plain model in the
+same round. Memory is what XLA allots to the compiled steps. The cache is that of a full context,
+per token.
 """
 
 import statistics
