@@ -198,10 +198,8 @@ class ModelConfig(Group):
             letters = "must consist of L (a layer with the window) and G (one without)"
             require(bool(pattern) and set(pattern) <= {"L", "G"}, rule + letters)
             require(self.window is not None, rule + "needs a window; write model.window=W")
-            local = any(window is not None for window in self.windows)
-            require(
-                local, f"{rule}none of {self.num_layers} layers has the window; write L earlier"
-            )
+            none = f"none of {self.num_layers} layers has the window; write L earlier"
+            require("L" in pattern[: self.num_layers], rule + none)
 
     def _check_positions(self) -> None:
         """Neither `rope=false` nor `learned_positions=true` contradicts `positions`."""
@@ -259,13 +257,6 @@ class ModelConfig(Group):
     @property
     def has_alibi(self) -> bool:
         return self.positions is Positions.alibi
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """How many tokens a query reads, by layer; None: all."""
-        pattern = self.window_pattern or "L"
-        local = [pattern[i % len(pattern)] == "L" for i in range(self.num_layers)]
-        return tuple(self.window if here else None for here in local)
 
     @property
     def ff_width(self) -> int:

@@ -179,7 +179,8 @@ class GPT(eqx.Module):
     dropout: float = eqx.field(static=True)
     num_layers: int = eqx.field(static=True)
     logit_softcap: float | None = eqx.field(static=True)
-    windows: tuple[int | None, ...] = eqx.field(static=True)  # of each layer
+    window: int | None = eqx.field(static=True)  # of the layers that are L in the pattern
+    window_pattern: str = eqx.field(static=True)
     sinusoidal: bool = eqx.field(static=True)
 
     def __init__(
@@ -206,7 +207,7 @@ class GPT(eqx.Module):
         self.dropout = config.dropout
         self.num_layers = config.num_layers
         self.logit_softcap = config.logit_softcap
-        self.windows = config.windows
+        self.window, self.window_pattern = config.window, config.window_pattern or "L"
         self.sinusoidal = config.positions is Positions.sinusoidal
 
     def __call__(self, tokens: Tokens, *, key: DropoutKey = None) -> Logits:
@@ -250,10 +251,17 @@ class GPT(eqx.Module):
         routing = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routing)
         return self._logits(x).reshape(sequences, length, -1), routing
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens a query reads, by layer; None: all."""
+        pattern = self.window_pattern
+        local = [pattern[i % len(pattern)] == "L" for i in range(self.num_layers)]
+        return tuple(self.window if here else None for here in local)
+
     def _period(self) -> int:
         """The number of layers after which their windows repeat."""
-        layers = self.num_layers
-        repeats = (n for n in range(1, layers) if self.windows == self.windows[:n] * (layers // n))
+        layers, windows = self.num_layers, self.windows
+        repeats = (n for n in range(1, layers) if windows == windows[:n] * (layers // n))
         return next(repeats, layers)
 
     @property
