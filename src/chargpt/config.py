@@ -552,6 +552,12 @@ def differences(config: Config) -> dict[str, Any]:
     return {name: chosen[name] for name in chosen if name in usual and chosen[name] != usual[name]}
 
 
+def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """{name: (value before, after)} of the settings in which two configurations differ."""
+    old, new = settings_of(before), settings_of(after)
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+
+
 def spell(value: Any) -> str:
     """A value as the command line spells it."""
     if value is None or isinstance(value, bool):

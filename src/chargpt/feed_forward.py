@@ -45,6 +45,10 @@ class FeedForward(eqx.Module):
     def __call__(self, x: Stream) -> Stream:
         return jnp.einsum("tf,mf->tm", self.hidden(x), self.down_proj.weight)
 
+    def routed(self, x: Stream) -> tuple[Stream, None]:
+        """The output; there is no router (experts.py has one)."""
+        return self(x), None
+
     def hidden(self, x: Stream) -> Float[Array, "t f"]:
         """What down_proj reads; of stacked layers [e, f, m], of all of them, one after another.
 

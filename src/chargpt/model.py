@@ -119,8 +119,6 @@ class Block(eqx.Module):
 
         def feed_forward(x: Stream) -> Stream:
             nonlocal routing
-            if not isinstance(self.feed_forward, MixtureOfExperts):
-                return self.feed_forward(x)
             y, routing = self.feed_forward.routed(x)
             return y
 
@@ -286,8 +284,7 @@ class GPT(eqx.Module):
         if isinstance(self.blocks, tuple):
             return self.blocks
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
-        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], arrays) for i in range(self.num_layers)]
-        return tuple(eqx.combine(layer, static) for layer in layers)
+        return tuple(eqx.combine(layer, static) for layer in apart(arrays, self.num_layers))
 
     def unstack(self) -> "GPT":
         """The model with separate weights for each block, for decoding.

@@ -6,7 +6,7 @@ from typing import Any
 
 from chargpt.attention import abstract, filled_in
 from chargpt.checkpoint import CheckpointError, Which, describe_leaves, open_run, read_header
-from chargpt.config import Config, ModelConfig, settings_of, spell
+from chargpt.config import Config, ModelConfig, changes, spell
 from chargpt.corpus import Corpus, load_corpus
 from chargpt.errors import ConfigError, note, require
 from chargpt.model import GPT
@@ -59,7 +59,7 @@ def load_text(config: Config, vocabulary: str | None = None) -> Corpus:
     if vocabulary is None and config.init_from is not None:
         origin = check(config)
         vocabulary = origin.vocabulary
-        if changed := differences(origin.config, config):
+        if changed := spelled_otherwise(origin.config, config):
             note(f"{origin.name}: that model was trained with {' '.join(changed)}")
     return load_corpus(config.dataset, vocabulary)
 
@@ -81,16 +81,20 @@ def check_shapes(origin: Origin, found: GPT, wanted: GPT, config: Config) -> Non
         return
     odd = [leaf for leaf in ours + theirs if leaf not in theirs or leaf not in ours]
     where = f" (at {odd[0][0]})" if odd else ""
-    other = " ".join(differences(origin.config, config))
+    other = " ".join(spelled_otherwise(origin.config, config))
     problem = f"{origin.name}: its model has another shape{where}"
     raise ConfigError(f"{problem}; it was trained with {other}: write those that matter for it")
 
 
-def differences(config: Config, other: Config) -> list[str]:
-    """How the model of `config` is spelled where that of the other differs."""
-    ours, theirs = settings_of(config), settings_of(other)
-    names = [name for name in ours if name.startswith("model.") or name == "dataset.seq_len"]
-    return [f"{name}={spell(ours[name])}" for name in names if ours[name] != theirs[name]]
+def spelled_otherwise(config: Config, other: Config) -> list[str]:
+    """The options of the model of `config` that have another value in `other`."""
+    changed = changes(config, other).items()
+    return [f"{name}={spell(own)}" for name, (own, _) in changed if of_model(name)]
+
+
+def of_model(name: str) -> bool:
+    """Whether an option is one of the model."""
+    return name.startswith("model.") or name == "dataset.seq_len"
 
 
 def shapes_of(config: Config, vocab_size: int) -> GPT:

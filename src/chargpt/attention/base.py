@@ -156,7 +156,6 @@ class AbstractAttention(eqx.Module):
     @property
     def heads(self) -> tuple[int, int]:
         """(number, width) of the heads that the output projection merges."""
-
         read = type(self).attend
         number, width = eqx.filter_eval_shape(read, self, *self._shapes(1), CAUSAL).shape[1:]
         return number, width

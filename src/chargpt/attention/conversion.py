@@ -77,9 +77,8 @@ def latent(
 
     Exact if r is at least the rank of W, at most 2kh (TransMLA, arXiv 2502.07864). The rotary key
     that all heads share is met by queries of zero, and the norm of the latent must be off, because
-    it is not linear.
-    With RoPE every key is rotary, so there may be only one: that of multi-query attention becomes
-    the shared one, and W is W_v, of rank h at most.
+    it is not linear. With RoPE every key is rotary, so there may be only one: that of multi-query
+    attention becomes the shared one, and W is W_v, of rank h at most.
     """
     n, k, h = layer.num_heads, layer.num_kv_heads, layer.head_dim
     rope, dn, dr = layer.rope_theta is not None, wanted.qk_nope_head_dim, wanted.qk_rope_head_dim

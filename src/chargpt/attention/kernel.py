@@ -250,15 +250,15 @@ def blocked_forward(
     """The output, and what the backward pass needs: log-sum-exp of every query's scores."""
     outs, norms = [], []
     after = jnp.zeros((), queries.dtype)
+    own = None if sink is None else sink.astype(jnp.float32)[:, None, None]
     for start, end in blocks(queries.shape[1], size):
         scores = block_scores(queries[:, start:end] + after, keys[:, :end], start, reading)
         highest = scores.max(axis=-1, keepdims=True)
-        if sink is not None:
-            own = sink.astype(jnp.float32)[:, None, None]
+        if own is not None:
             highest = jnp.maximum(highest, own)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
-        if sink is not None:
+        if own is not None:
             total = total + jnp.exp(own - highest)
         out = jnp.einsum("nts,nsv->ntv", weights.astype(values.dtype), values[:, :end])
         outs.append((out / total).astype(values.dtype))

@@ -6,7 +6,7 @@ from typing import Any
 
 from chargpt.checkpoint import CheckpointError, Header, load
 from chargpt.compose import change, read_overrides
-from chargpt.config import Config, Schedule, options, settings_of
+from chargpt.config import Config, Schedule, changes, options
 from chargpt.corpus import Corpus
 from chargpt.errors import require
 from chargpt.parallel import Devices, choose_devices
@@ -76,8 +76,7 @@ def with_overrides(
     values = read_overrides(overrides)
     values.pop("resume", None)
     new = change(old, values).alone()
-    before, after = settings_of(old), settings_of(new)
-    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    changed = changes(old, new)
     for name, (was, wanted) in changed.items():
         problem = f"{name}: is {was} in that run and cannot become {wanted}"
         choice = f"start another run, or leave {name}={was}"
