@@ -58,7 +58,7 @@ gpu-bench: setup
 lock: # the newest jax for each version of Python
 	for extras in '' -cuda; do \
 		uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy requires-python \
-			--extra dev --extra dashboard --extra search --extra joblib --extra slurm $${extras:+--extra cuda} \
+			--extra dev --extra dashboard --extra search --extra joblib --extra slurm --extra play $${extras:+--extra cuda} \
 			--generate-hashes --no-emit-index-url --no-annotate --no-header --output-file requirements$$extras.lock; \
 	done
 

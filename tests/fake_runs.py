@@ -1,13 +1,20 @@
 """Runs that were never trained, as directories and as records, made in moments."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax.numpy as jnp
+from conftest import filled, small_config
+
+from chargpt.checkpoint import Header, save
 from chargpt.compose import change, compose, read_overrides
 from chargpt.config import Config
 from chargpt.run.directory import Record, write_config
+from chargpt.train import init_state
 
 CORPUS = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -29,6 +36,20 @@ def make_run(path: Path, *overrides: str, **record_options: Any) -> Path:
     steps = record.config.trainer.num_steps
     samples = f"=== step 1\nan old text\n\n=== step {steps}\n{record.sample}\n\n"
     (path / "samples.txt").write_text(samples, encoding="utf-8")
+    return path
+
+
+def make_checkpoint(path: Path, *overrides: str, alphabet: str, scale: float = 0.2) -> Path:
+    """A run directory with a small model of random weights, as its best checkpoint."""
+    config = small_config(*overrides)
+    init = functools.partial(init_state, config, len(alphabet), 0)
+    state = filled(eqx.filter_eval_shape(init), scale)
+    state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(3, jnp.int32))
+    (path / "checkpoints").mkdir(parents=True)
+    write_config(path, config)
+    (path / "metrics.jsonl").write_text("")
+    header = Header(config, alphabet, "0" * 64, 3, 1.0, 2.0, 3, {}, {})
+    save(path / "checkpoints" / "best.eqx", state, header)
     return path
 
 

@@ -312,6 +312,21 @@ def test_selective_equals_its_literal_form_in_values_and_gradients(num_heads, th
     jax.tree.map(lambda a, b: close(a, b, atol=5e-6 * np.abs(b).max()), ours, literal)
 
 
+@pytest.mark.parametrize("theta", THETAS)
+def test_the_bias_of_a_selective_query_is_its_score_of_keys_without_tokens(theta):
+    attention = build(SelectiveAttention, D_MODEL, 4, theta)
+    halved = attention.k_proj.weight.at[:, D_MODEL:].set(0)
+    bare = eqx.tree_at(lambda layer: layer.k_proj.weight, attention, halved)
+    literal = []
+    selective_literally(bare, tokens(), lambda rows, _: literal.append(rows) or rows)
+    found = attention.query_bias(tokens())
+    if theta is None:  # the same for all keys: it cancels
+        assert found is None and np.ptp(literal, axis=-1).max() < 1e-5
+    else:
+        future = np.triu(np.ones_like(literal[0], dtype=bool), 1)
+        close(found, np.where(future, -np.inf, np.stack(literal)))
+
+
 def test_selective_learns_how_queries_make_keys_only_with_rope():
     """W_k = [A | B]. A shifts all scores of a query alike, unless RoPE tells the keys apart."""
     for rope in (False, True):

@@ -29,6 +29,8 @@ CHECKED = (
     "generate",
     "model",
     "optimizer",
+    "play.engine",
+    "play.look",
     "positions",
     "train",
     "run.evaluate",

@@ -89,6 +89,7 @@ TOOLS = {
     "evaluate": ("run.evaluate", "EvaluateOptions", "evaluate_run"),
     "compare": ("study.compare", "CompareOptions", "compare"),
     "inspect": ("study.inspect", "InspectOptions", "inspect"),
+    "play": ("play.command", "PlayOptions", "play"),
     "dashboard": ("study.dashboard", "DashboardOptions", "dashboard"),
     "plan": ("study.plan", "PlanOptions", "show_plan"),
     "search": ("study.search", "SearchOptions", "search"),

@@ -13,33 +13,36 @@ from chargpt.model import GPT
 
 Scalar = Int[Array, ""]
 Samples = Int[Array, "samples t"]
+Logits = Float[Array, "samples t vocab"]
 Keys = Key[Array, " samples"]
+Number = float | int | Float[Array, ""] | Int[Array, ""]
 
 
 def sample_token(
     logits: Float[Array, " vocab"],
     key: PRNGKeyArray,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: Number,
+    top_k: Number | None = None,
+    top_p: Number | None = None,
 ) -> Scalar:
     """A token drawn from softmax(logits / temperature), the most likely one at temperature 0.
 
     top_k keeps the k most likely tokens; top_p the fewest most likely ones whose probabilities
     reach p (nucleus sampling, arXiv 1904.09751). Both may be given: top_k comes first.
     """
-    if temperature == 0:
-        return jnp.argmax(logits)
-    logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None and top_k < logits.shape[0]:
-        kept = jax.lax.top_k(logits, top_k)[1]
-        logits = jnp.full_like(logits, -jnp.inf).at[kept].set(logits[kept])
-    if top_p is not None and top_p < 1:
-        order = jnp.argsort(-logits)
-        probabilities = jax.nn.softmax(logits)[order]
-        dropped = jnp.cumsum(probabilities) - probabilities >= top_p
-        logits = jnp.where(jnp.zeros_like(dropped).at[order].set(dropped), -jnp.inf, logits)
-    return jax.random.categorical(key, logits)
+    greedy = jnp.asarray(temperature) == 0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1, temperature)
+    if top_k is not None or top_p is not None:
+        order = jnp.argsort(-scaled)  # of equal ones the first comes first
+        best = scaled[order]
+        if top_k is not None:
+            best = jnp.where(jnp.arange(best.shape[0]) < top_k, best, -jnp.inf)
+        if top_p is not None:
+            probabilities = jax.nn.softmax(best)
+            before = jnp.cumsum(probabilities) - probabilities
+            best = jnp.where((before < top_p) | (jnp.asarray(top_p) >= 1), best, -jnp.inf)
+        scaled = jnp.zeros_like(scaled).at[order].set(best)
+    return jnp.where(greedy, jnp.argmax(logits), jax.random.categorical(key, scaled))
 
 
 def generate(
@@ -68,15 +71,14 @@ def generate(
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token to continue")
     how = temperature, top_k, top_p
-    model = _unstack(model)
-    keep = max(1, max_seq_len // 2)
+    model = unstack(model)
+    keep = first_context(max_seq_len, max_seq_len)
     context = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (keys.shape[0], len(prompt)))
-    if len(prompt) >= max_seq_len:
-        context = context[:, -keep:]
+    context = context[:, -first_context(len(prompt), max_seq_len) :]
     made = 0
     while made < num_tokens:
         position = context.shape[1]
-        room = max(1, max_seq_len - position) - 1
+        room = room_after(position, max_seq_len)
         new, cache = _read(model, context, keys, jnp.asarray(made), max_seq_len, how)
         piece = new
         while True:
@@ -86,14 +88,24 @@ def generate(
                 break
             length = min(tokens_per_piece, room)
             where = jnp.asarray(position), jnp.asarray(made)
-            piece, cache = _advance((model, piece[:, -1], keys, *where, length, how), cache)
+            piece, _, cache = advance((model, piece[:, -1], keys, *where, length, how), cache)
             new = jnp.concatenate([new, piece], axis=1)
             position, room = position + length, room - length
         context = jnp.concatenate([context, new], axis=1)[:, -keep:]
 
 
+def first_context(prompt: int, max_seq_len: int) -> int:
+    """How many of `prompt` tokens are read before the first is drawn: all, or half a context."""
+    return prompt if prompt < max_seq_len else max(1, max_seq_len // 2)
+
+
+def room_after(read: int, max_seq_len: int) -> int:
+    """How many tokens follow the one drawn after `read` tokens, until the cache is full."""
+    return max(1, max_seq_len - read) - 1
+
+
 @eqx.filter_jit
-def _unstack(model: GPT) -> GPT:
+def unstack(model: GPT) -> GPT:
     if _models(model) is None:
         return model.unstack()
     return eqx.filter_vmap(lambda model: model.unstack())(model)
@@ -119,24 +131,33 @@ def _read(
     return eqx.filter_vmap(one_sample, in_axes=(_models(model), 0, 0))(model, context, keys)
 
 
-def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, PyTree]:
-    """Draw `length` more tokens, number `index` first; the newest so far goes in at `position`."""
-    model, token, keys, position, index, length, how = kept
+def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, Logits, PyTree]:
+    """Draw `length` more tokens, number `index` first; the newest so far goes in at `position`.
 
-    def one_sample(
-        model: GPT, cache: PyTree, token: Scalar, key: PRNGKeyArray
-    ) -> tuple[Array, PyTree]:
-        def step(carry: tuple[Scalar, PyTree], i: Scalar) -> tuple[tuple[Scalar, PyTree], Scalar]:
+    Position, index and how to draw are the same for all samples, or arrays with one for each. The
+    logits of all tokens come with them. Where `given`, [samples, length], is not below 0, that
+    token is taken instead of one that is drawn: so a prompt is read beside texts that go on.
+    """
+    model, token, keys, position, index, length, how, *given = kept
+    own = position, index, how, *given
+    axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, own)
+
+    def one_sample(model: GPT, cache: PyTree, token: Scalar, key: PRNGKeyArray, own: Any) -> Any:
+        position, index, how, *given = own
+
+        def step(carry: tuple[Scalar, PyTree], i: Scalar) -> Any:
             token, cache = carry
             logits, cache = model.decode(token[None], cache, position + i)
             token = sample_token(logits[0], jax.random.fold_in(key, index + i), *how)
-            return (token, cache), token
+            for tokens in given:
+                token = jnp.where(tokens[i] < 0, token, tokens[i])
+            return (token, cache), (token, logits[0])
 
-        (_, cache), tokens = jax.lax.scan(step, (token, cache), jnp.arange(length))
-        return tokens, cache
+        (_, cache), (tokens, logits) = jax.lax.scan(step, (token, cache), jnp.arange(length))
+        return tokens, logits, cache
 
-    samples = eqx.filter_vmap(one_sample, in_axes=(_models(model), 0, 0, 0))
-    return samples(model, cache, token, keys)
+    samples = eqx.filter_vmap(one_sample, in_axes=(_models(model), 0, 0, 0, axes))
+    return samples(model, cache, token, keys, own)
 
 
-_advance: Any = eqx.filter_jit(_draw, donate="all-except-first")
+advance: Any = eqx.filter_jit(_draw, donate="all-except-first")

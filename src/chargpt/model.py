@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from chargpt.attention import AbstractAttention, abstract, make_attention, surplus_weights
-from chargpt.attention.base import Position, Stream, Weights, projection
+from chargpt.attention.base import Position, Scores, Stream, Weights, projection
 from chargpt.attention.modifiers import Modifiers
 from chargpt.config import Activation, Match, ModelConfig, Norm, NormPosition, Positions
 from chargpt.errors import require
@@ -144,6 +144,11 @@ class Block(eqx.Module):
         x = self._branch_input(x, self.attention_norm)
         return self.attention.attention_weights(x, self.modifiers.reading(window))
 
+    def query_bias(self, x: Stream, window: int | None = None) -> Scores | None:
+        """What every query adds to its scores by position; None if this attention adds nothing."""
+        x = self._branch_input(x, self.attention_norm)
+        return self.attention.query_bias(x, self.modifiers.reading(window))
+
     def residual_projections(self) -> set[str]:
         """Paths of the projections onto the residual stream."""
         ours = {f"feed_forward.{path}" for path in self.feed_forward.outputs}
@@ -270,14 +275,24 @@ class GPT(eqx.Module):
 
     def attention_weights(self, tokens: Tokens) -> Float[Array, "layers n t s"] | None:
         """How much every head reads of each token; None if this attention has no weights."""
+        return self._ask_layers(Block.attention_weights, tokens)
+
+    def query_bias(self, tokens: Tokens) -> Float[Array, "layers n t s"] | None:
+        """What every query adds to its scores by position; None if this attention adds nothing."""
+        return self._ask_layers(Block.query_bias, tokens)
+
+    def _ask_layers(
+        self, ask: Callable[[Block, Stream, int | None], Array | None], tokens: Tokens
+    ) -> Array | None:
+        """Every layer's answer about its input, [layers, ...]; None if one has none."""
         x = self._embed(tokens, jnp.arange(tokens.shape[0]))
-        weights = []
+        answers = []
         for block, window in zip(self.layers(), self.windows, strict=True):
-            if (layer_weights := block.attention_weights(x, window)) is None:
+            if (answer := ask(block, x, window)) is None:
                 return None
-            weights.append(layer_weights)
+            answers.append(answer)
             x = block(x, window=window)
-        return jnp.stack(weights)
+        return jnp.stack(answers)
 
     def layers(self) -> tuple[Block, ...]:
         """The blocks one by one."""

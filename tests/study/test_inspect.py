@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import filled, layer_of, small_config
+from conftest import filled, layer_of
+from fake_runs import make_checkpoint
 from pages import images, type_sizes
 
 from chargpt import cli
@@ -19,11 +20,8 @@ from chargpt.attention import (
     SelectiveAttention,
 )
 from chargpt.attention.base import merge_heads, project_heads
-from chargpt.checkpoint import Header, save
 from chargpt.config import AttentionType
-from chargpt.run.directory import write_config
 from chargpt.study.inspect import Reading, draw_maps
-from chargpt.train import init_state
 
 LENGTH = 7
 Read = tuple[AbstractAttention, jax.Array, jax.Array, jax.Array]
@@ -97,15 +95,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of every type that has a checkpoint, its weights random."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in AttentionType:
-        config = small_config(f"model.mha_type={kind.name}", "model.num_layers=1")
-        state = filled(eqx.filter_eval_shape(init_state, config, 11, 0), 0.2)
-        state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(3, jnp.int32))
-        run = folder / kind.name
-        (run / "checkpoints").mkdir(parents=True)
-        write_config(run, config)
-        (run / "metrics.jsonl").write_text("")
-        header = Header(config, "abcdefghi \n", "0" * 64, 3, 1.0, 2.0, 3, {}, {})
-        save(run / "checkpoints" / "best.eqx", state, header)
+        overrides = [f"model.mha_type={kind.name}", "model.num_layers=1"]
+        make_checkpoint(folder / kind.name, *overrides, alphabet="abcdefghi \n")
     return folder
 
 

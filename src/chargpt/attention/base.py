@@ -27,6 +27,7 @@ Gate = Float[Array, "t n #v"] | None  # factors on it
 Positions = Int[Array, " t"]
 Position = Int[Array, ""] | int
 Weights = Float[Array, "n t s"]
+Scores = Float[Array, "n t s"]
 Split = Callable[[Float[Array, "out in"]], tuple[Float[Array, "..."], ...]]
 
 
@@ -79,6 +80,13 @@ class AbstractAttention(eqx.Module):
         """How much every head reads of each token; None if it has no weights.
 
         Rows add up to one, less what a sink takes.
+        """
+        return None
+
+    def query_bias(self, x: Stream, reading: Reading = CAUSAL) -> Scores | None:
+        """What a query adds to its scores by position, whatever the tokens there are, in nats.
+
+        None if nothing; -inf where it does not read.
         """
         return None
 

@@ -122,6 +122,15 @@ class SelectiveAttention(AbstractAttention):
         shared = self._shared(bias_queries, keys, reading)
         return kernel.attention_weights(q, keys, reading, self.head_dim**-0.5, shared)
 
+    def query_bias(self, x: Stream, reading: Reading = kernel.CAUSAL) -> base.Scores | None:
+        """The second term of the score."""
+        (_, bias_queries, _), (keys, _) = self.project(x, jnp.arange(x.shape[0]))
+        shared = self._shared(bias_queries, keys, reading)
+        if shared is None:
+            return None
+        scores = jnp.einsum("tne,se->nts", shared[0] * self.head_dim**-0.5, shared[1])
+        return jnp.where(reading.mask(*scores.shape[1:]), scores, -jnp.inf)
+
     def remark(self) -> str | None:
         if self.rope_theta is not None:
             return None

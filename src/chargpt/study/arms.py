@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from chargpt.config import spell
@@ -64,12 +64,29 @@ def group(records: Sequence[Record]) -> tuple[list[Arm], list[str]]:
             step = int(record.number("final/step") or logged)
             remarks.append(f"left out, not finished: {record.path} (step {step} of {steps})")
             continue
-        runs = groups.setdefault(json.dumps(record.settings(), sort_keys=True), {})
+        runs = groups.setdefault(setting_key(record), {})
         if seed in runs:
             remarks.append(f"left out, a repetition of the same seed: {runs[seed].path}")
         runs[seed] = record
     names = name_arms([next(iter(runs.values())) for runs in groups.values()])
     return list(map(Arm, names, groups.values())), remarks
+
+
+def one_of_each(
+    records: Sequence[Record], rank: Callable[[Record], float] = lambda _: 0.0
+) -> list[Record]:
+    """Of runs that differ only in their seed, the one with the lowest rank, or the first."""
+    chosen: dict[str, Record] = {}
+    for record in records:
+        one = chosen.setdefault(setting_key(record), record)
+        if rank(record) < rank(one):
+            chosen[setting_key(record)] = record
+    return list(chosen.values())
+
+
+def setting_key(record: Record) -> str:
+    """The same for runs that differ only in their seed."""
+    return json.dumps(record.settings(), sort_keys=True)
 
 
 def name_arms(records: Sequence[Record]) -> list[str]:

@@ -14,9 +14,9 @@ from chargpt.compose import slug
 from chargpt.errors import note, require
 from chargpt.run import trained
 from chargpt.run.cache import kept_executables
-from chargpt.run.directory import Record, find_runs, read_run
+from chargpt.run.directory import find_runs, read_run
 from chargpt.study import page
-from chargpt.study.arms import name_arms
+from chargpt.study.arms import name_arms, one_of_each
 from chargpt.study.figures import PAGE, PAPER, Theme, new_figure, to_png
 
 MAX_RUNS = 12  # nobody reads more rows
@@ -104,10 +104,7 @@ def read_all(options: InspectOptions) -> list[tuple[str, np.ndarray | None]]:
     """(name, attention weights) of every run; of runs that differ only in their seed, the first."""
     places = options.paths + (() if options.run is None else (options.run,))
     runs = find_runs(places) if places else [open_run(None, options.checkpoint)[0]]
-    first_of: dict[str, Record] = {}
-    for record in map(read_run, runs):
-        first_of.setdefault(str(sorted(record.settings().items())), record)
-    chosen = list(first_of.values())
+    chosen = one_of_each(list(map(read_run, runs)))
     if len(chosen) > MAX_RUNS:
         note(f"{len(chosen)} runs: only the first {MAX_RUNS} are shown")
     chosen = chosen[:MAX_RUNS]

@@ -1,0 +1,1 @@
+"""Trained models to play with, in the browser."""
