@@ -18,6 +18,7 @@ from pathlib import Path
 
 import equinox as eqx
 import pytest
+import uvicorn
 import yaml
 from conftest import ROOT, SMALL, filled, make_config, small_config
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -70,6 +71,7 @@ QUICK = [*SMALL, "model.num_layers=1", "trainer.num_steps=4", *FAST]
 FILES = (".py", ".md", ".safetensors", ".json")
 GROUPS = ("experiment=", "launcher=")
 SHORTER = {"sample": ["num_chars=20"], "search": ["num_trials=1"], "inspect": ["prompt=To be"]}
+SHORTER["play"] = ["host=127.0.0.1", "port=0"]
 
 
 def code_blocks(text: str) -> Iterator[tuple[str | None, list[str]]]:
@@ -118,6 +120,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as cli.train sets it
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)  # it would serve until a signal
     runs = sorted((ROOT / "tests" / "runs").iterdir())[-1]  # the newest version
     shutil.copytree(runs / "standard", "outputs/2026-01-01/12-00-00_standard")
     shutil.copytree(runs / "mla", "multirun/sweep/0_mla")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from fake_runs import CORPUS, make_record, named_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chargpt.run.directory import Record
-from chargpt.study.arms import Arm, Estimate, group, name_arms
+from chargpt.study.arms import Arm, Difference, Estimate, group, name_arms
 
 GIVEN = "wandb.name=fast"
 
@@ -158,6 +159,24 @@ def test_missing_values_are_left_out() -> None:
     assert Estimate.of([1.0, None, 2.0, 6.0]) == Estimate(3.0, statistics.stdev([1.0, 2.0, 6.0]))
 
 
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_the_interval_is_that_of_the_paired_t_test(values: list[float]) -> None:
+    found = Difference.of(values)
+    assert found is not None and found.interval is not None
+    low, high = found.mean - found.interval, found.mean + found.interval
+    deviation = np.std(values, ddof=1)
+    if deviation > 1e-6:
+        ends = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        np.testing.assert_allclose([low, high], ends, rtol=1e-6, atol=1e-6)
+    assert found.agreeing == sum(value * np.copysign(1, found.mean) > 0 for value in values)
+
+
+def test_of_a_single_pair_there_is_no_interval() -> None:
+    assert Difference.of([-0.5]) == Difference(-0.5, None, 1, 1)
+    assert Difference.of([0.5, -0.25, 1.0, 2.0]).agreeing == 3
+    assert Difference.of([]) is None
+
+
 def make_arm(name: str, losses: dict[int, float]) -> Arm:
     runs = {s: make_record(f"seed={s}", val_losses=[loss]) for s, loss in losses.items()}
     return Arm(name, runs)
@@ -168,8 +187,10 @@ def test_arms_are_compared_seed_by_seed() -> None:
     other = make_arm("other", {2: 2.85, 3: 9.0, 1: 2.45, 0: 1.9})
     difference = other.difference(first)
     assert difference == pytest.approx({0: -0.1, 1: -0.05, 2: -0.15})
-    paired = Estimate.of(difference.values())
-    assert paired is not None and (paired.mean, paired.spread) == pytest.approx((-0.1, 0.05))
+    paired = Difference.of(list(difference.values()))
+    assert paired is not None and (paired.agreeing, paired.pairs) == (3, 3)
+    # t(0.975, 2 degrees of freedom) = 4.303
+    assert (paired.mean, paired.interval) == pytest.approx((-0.1, 4.303 * 0.05 / 3**0.5), rel=1e-3)
     assert first.estimate("best/val_loss") == Estimate(2.5, 0.5)
     assert first.difference(other) == pytest.approx({0: 0.1, 1: 0.05, 2: 0.15})
 

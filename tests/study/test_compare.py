@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from fake_runs import CORPUS, make_record, make_run
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -74,8 +75,18 @@ def result(folder: Path) -> Comparison:
     return read_comparison([str(folder)])
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    return f"{np.mean(values):{sign}.4f} ± {np.std(values, ddof=1):.4f}"
+def spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def paired(kind: int) -> list[str]:
+    """The cells that compare a type with the first, as words of the table."""
+    if kind == 0:
+        return ["-", "-"]
+    values = LOSSES[kind] - LOSSES[0]
+    half = scipy.stats.t.interval(0.95, len(values) - 1, scale=scipy.stats.sem(values))[1]
+    agreeing = (np.sign(values) == np.sign(values.mean())).sum()
+    return f"{values.mean():+.4f} ± {half:.4f} {agreeing}/{len(values)}".split()
 
 
 def table(result: Comparison, width: int = 100, colours: bool = False, **options: Any) -> list[str]:
@@ -95,16 +106,15 @@ def test_the_table_fits_a_hundred_columns_and_leaves_no_number_out(result: Compa
     assert max(map(len, body)) <= 100 and "…" not in "".join(body)
     assert " ".join(body[:2]).split() == [
         *["best", "minus", "cache", "train", "decode"],
-        *["arm", "seeds", "val", "loss", "first", "params", "B/token", "tok/s", "tok/s"],
+        *["arm", "seeds", "val", "loss", "first", "agree", "params", "B/token", "tok/s", "tok/s"],
         *["memory", "time"],
     ]
     caches = {4096: "4.1k", 1024: "1.02k", 2048: "2.05k", 192: "192"}
     for kind, line in enumerate(body[2:]):
         loss = spread(LOSSES[kind]).split()
-        difference = "-" if kind == 0 else spread(LOSSES[kind] - LOSSES[0], "+")
         speed = short(float(SPEEDS[kind].mean()))
         costs = ["809k", caches[CACHES[kind]], speed, "3.1k", "69.7MB", "39.8s"]
-        assert line.split() == [TYPES[kind], "3", *loss, *difference.split(), *costs]
+        assert line.split() == [TYPES[kind], "3", *loss, *paired(kind), *costs]
     assert note.startswith("note: left out, not finished: ")
     assert note.endswith("18_mqa seed=3 (step 400 of 1600)")
 
@@ -112,7 +122,8 @@ def test_the_table_fits_a_hundred_columns_and_leaves_no_number_out(result: Compa
 def test_the_seed_by_seed_difference_has_the_smaller_spread_here(result: Comparison) -> None:
     paired = [np.std(LOSSES[kind] - LOSSES[0], ddof=1) for kind in range(1, 6)]
     assert max(paired) < np.std(LOSSES, axis=1, ddof=1).min()
-    shown = [cells[3][1] for cells in rows(result.arms)]
+    column = COLUMNS.index("minus first")
+    shown = [cells[column][1] for cells in rows(result.arms)]
     assert shown[1:] == pytest.approx((LOSSES - LOSSES[0]).mean(axis=1)[1:])
 
 
@@ -309,6 +320,7 @@ def test_markdown_holds_the_same_cells_as_the_table(result: Comparison) -> None:
     texts = [[text for text, _ in row] for row in rows(result.arms)]
     assert [cells(line) for line in body] == texts
     assert [cells(line)[2] for line in body] == [spread(losses) for losses in LOSSES]
+    assert [cells(line)[3] for line in body] == [f"{np.mean(losses):.4f}" for losses in LOSSES]
 
 
 @pytest.mark.parametrize("name", ["a|b", "|", "a||b|", "a=\\x", "a\\|b", "a\\"])
@@ -712,7 +724,7 @@ def test_the_theme_follows_the_system_and_then_the_button(
 
 def test_every_column_sorts_both_ways(light: dict[str, Any], result: Comparison) -> None:
     columns = list(zip(*rows(result.arms), strict=True))
-    assert len(light["sorted"]) == len(columns) == 10
+    assert len(light["sorted"]) == len(columns) == len(COLUMNS)
     before = [f"arm{number}" for number in range(6)]
     for number, (column, (up, down)) in enumerate(zip(columns, light["sorted"], strict=True)):
         value = {f"arm{arm}": column[arm][1] for arm in range(6)}

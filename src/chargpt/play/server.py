@@ -31,6 +31,7 @@ MAX_BODY = 1 << 17  # bytes of a request
 BODY_SECONDS = 10.0  # in which all of it must come
 MAX_LOOKS = 32  # questions that wait for a look into a model
 MAX_CONNECTIONS = 512
+LAST = ("end", "error")  # events after which a text has no more
 GRACE = 5  # seconds that streams have to end when the server stops
 
 
@@ -84,29 +85,38 @@ class Conversation(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            for text in self.texts.values():
+            for number, text in list(self.texts.items()):
                 text.cancelled = True
-                self.on_end()
-            self.texts.clear()
+                self._end(number)
 
     async def _events(self) -> AsyncIterator[bytes]:
         for event in self._refused:
             yield as_sent(event)
-        while self.texts:
-            event = await self._queue.get()
-            if event["event"] in ("end", "error"):
-                del self.texts[event["model"]]
-                self.on_end()
-            yield as_sent(event)
+        for _ in range(len(self.texts)):
+            last = False
+            while not last:
+                event = await self._queue.get()
+                last = event["event"] in LAST
+                yield as_sent(event)
 
     def _emitter(self, number: int) -> Callable[[Event], None]:
         """For the engine's thread."""
 
         def emit(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the server has stopped
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, event | {"model": number})
+                self._loop.call_soon_threadsafe(self._take, number, event)
 
         return emit
+
+    def _take(self, number: int, event: Event) -> None:
+        """An event for the reader; the last of a text counts, however slowly it is read."""
+        if event["event"] in LAST:
+            self._end(number)
+        self._queue.put_nowait({**event, "model": number})
+
+    def _end(self, number: int) -> None:
+        if self.texts.pop(number, None) is not None:
+            self.on_end()
 
 
 def as_sent(event: Event) -> bytes:

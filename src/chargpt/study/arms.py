@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from scipy.special import stdtrit
 
 from chargpt.config import spell
 from chargpt.errors import one_line
@@ -29,6 +32,30 @@ class Estimate:
         if not known:
             return None
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Losses of one arm minus those of another, pair by pair."""
+
+    mean: float
+    # Half of the 95 % confidence interval of the mean: Student's t over pairs; None of a single one
+    interval: float | None
+    agreeing: int  # pairs whose difference has the sign of the mean
+    pairs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Difference | None":
+        estimate, pairs = Estimate.of(values), len(values)
+        if estimate is None:
+            return None
+        interval = None
+        if estimate.spread is not None:
+            quantile = float(stdtrit(pairs - 1, 0.975))
+            interval = quantile * estimate.spread / math.sqrt(pairs)
+        sign = math.copysign(1, estimate.mean)
+        agreeing = sum(sign * value > 0 for value in values)
+        return cls(estimate.mean, interval, agreeing, pairs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from chargpt.config import to_yaml
 from chargpt.errors import one_line, require
 from chargpt.run.directory import find_runs, read_run
 from chargpt.study import figures, page
-from chargpt.study.arms import Arm, Estimate, group
+from chargpt.study.arms import Arm, Difference, group
 from chargpt.study.page import Cell
 
 # Characters of the table, at least: on a narrower terminal its lines wrap, and nothing is left out.
@@ -111,21 +111,34 @@ NUMBERS = {  # column: name in summary.json, unit
     "memory": ("peak_memory_bytes", "B"),
     "time": ("train_seconds", "s"),
 }
-COLUMNS = ("arm", "seeds", "best val loss", "minus first", *NUMBERS)
+LAST = "last val loss"  # in documents only: terminals have no room for it
+COLUMNS = ("arm", "seeds", "best val loss", LAST, "minus first", "agree", *NUMBERS)
 EXPLANATION = (
     "Best loss over the whole validation split, in nats per character: mean ± sample standard "
-    "deviation over seeds. 'Minus first' is the difference to the first arm, taken seed by seed. "
+    "deviation over seeds; the last one: mean. 'Minus first' is the difference in best loss to the "
+    "first arm, taken seed by seed: mean ± half of its 95 % interval (Student's t over the seeds "
+    "that both have). 'Agree': seeds whose difference has the sign of that mean. "
     "Cache: bytes that a token leaves in the KV cache. Speeds: tokens per second of the training "
     "loop, and of sampling one text. Memory: what XLA allots to the compiled training step on each "
     "device. Time: wall time of a run, compilation and evaluation included."
 )
 
 
-def plus_minus(estimate: Estimate | None, sign: str = "") -> Cell:
-    if estimate is None:
-        return "-", None
-    spread = "" if estimate.spread is None else f" ± {estimate.spread:.4f}"
-    return f"{estimate.mean:{sign}.4f}{spread}", estimate.mean
+def plus_minus(mean: float, more: float | None, sign: str = "") -> Cell:
+    return f"{mean:{sign}.4f}" + ("" if more is None else f" ± {more:.4f}"), mean
+
+
+def losses(arm: Arm, first: Arm) -> list[Cell]:
+    """The best loss, the last one, the difference to the first arm, and how many seeds agree."""
+    best, last = (arm.estimate(f"{which}/val_loss") for which in ("best", "final"))
+    found = None if arm is first else Difference.of(list(arm.difference(first).values()))
+    nothing: Cell = ("-", None)
+    return [
+        plus_minus(best.mean, best.spread) if best else nothing,
+        plus_minus(last.mean, None) if last else nothing,
+        plus_minus(found.mean, found.interval, "+") if found else nothing,
+        (f"{found.agreeing}/{found.pairs}", found.agreeing) if found else nothing,
+    ]
 
 
 def short(value: float | None, unit: str = "") -> str:
@@ -149,9 +162,8 @@ def in_population(arm: Arm) -> bool:
 
 
 def row(arm: Arm, first: Arm) -> list[Cell]:
-    difference = None if arm is first else Estimate.of(arm.difference(first).values())
     cells: list[Cell] = [(arm.name, arm.name), (str(len(arm.runs)), len(arm.runs))]
-    cells += [plus_minus(arm.estimate("best/val_loss")), plus_minus(difference, "+")]
+    cells += losses(arm, first)
     for name, unit in NUMBERS.values():
         estimate = arm.estimate(name)
         mean = estimate.mean if estimate else None
@@ -170,14 +182,15 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
     """The table in the terminal, the best arm in bold; if ranked, the best run; the remarks."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(COLUMNS[0], overflow="fold")
-    for name in COLUMNS[1:]:
+    shown = [number for number, name in enumerate(COLUMNS) if name != LAST]
+    for name in (COLUMNS[number] for number in shown[1:]):
         title = name.replace(" ", "\n", 1)
         table.add_column(title, justify="right", overflow="fold", no_wrap=True)
     lines, ranks = rows(result.arms), ranking(result.arms)
     best = ranks[0]
     for number in ranks if ranked else range(len(lines)):
         style = "bold" if number == best and len(lines) > 1 else None
-        table.add_row(*(Text(text) for text, _ in lines[number]), style=style)
+        table.add_row(*(Text(lines[number][column][0]) for column in shown), style=style)
     console.print(table)
     notes = [f"note: {remark}" for remark in result.remarks]
     if ranked:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from chargpt.run.curves import save
-from chargpt.study.arms import Arm, Estimate
+from chargpt.study.arms import Arm, Difference
 
 matplotlib.rcParams["text.parse_math"] = False  # the name of an arm is not a formula
 
@@ -162,18 +162,18 @@ def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
 def paired_differences(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
     """Loss minus the first arm's, seed by seed.
 
-    Hollow points are seeds, the filled one with its bar is their mean and spread.
+    Hollow points are seeds, the filled one with its bar is their mean and its 95 % interval.
     """
     figure, (axes,) = new_figure(theme, 0.9 + 0.42 * max(1, len(arms) - 1))
     axes.axvline(0, color=theme.ink, linewidth=1)
     for number, arm in enumerate(arms[1:], 1):
         values = list(arm.difference(arms[0]).values())
-        mean = Estimate.of(values)
-        if mean is None:
+        if (found := Difference.of(values)) is None:
             continue
         style = theme.points(number)
         axes.plot(values, [number] * len(values), markerfacecolor="none", markersize=6, **style)
-        axes.errorbar(mean.mean, number, xerr=mean.spread, markersize=9, elinewidth=2, **style)
+        bar = dict(xerr=found.interval, markersize=9, elinewidth=2, **style)
+        axes.errorbar(found.mean, number, **bar)
     axes.set_yticks(range(1, len(arms)), [arm.name for arm in arms[1:]])
     axes.set_ylim(len(arms) - 0.4, 0.4)
     first = arms[0].name
