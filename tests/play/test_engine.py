@@ -141,6 +141,8 @@ def test_closing_ends_every_text_with_a_last_event() -> None:
             engine.submit(reader.text)
         assert readers[0].events.get(timeout=SECONDS)["event"] == "prompt"
         engine.close()
+        readers.append(Reader(player))
+        engine.submit(readers[-1].text)  # too late
         for reader in readers:
             assert reader.read()[-1] == {"event": "end", "reason": "stopping"}
 

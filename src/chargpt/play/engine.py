@@ -29,6 +29,7 @@ ALTERNATIVES = 5
 UNKNOWN = -1  # in place of a token that is to be drawn
 
 Event = dict[str, Any]  # as a reader gets it; "event" is its name
+STOPPING: Event = {"event": "end", "reason": "stopping"}
 
 
 class Player:
@@ -269,7 +270,9 @@ class Engine:
         self._thread.join()
 
     def submit(self, text: Text) -> None:
-        """Continue `text`, until it is done or cancelled."""
+        """Continue `text`, until it is done or cancelled, or the engine is closed."""
+        if self._closing:
+            text.emit(STOPPING)
         self._arrivals.put(text)
 
     def close(self) -> None:
@@ -282,8 +285,11 @@ class Engine:
             self._receive()
             for batch in self.batches.values():
                 self._attempt(batch, batch.step)
+        while not self._arrivals.empty():
+            if (text := self._arrivals.get()) is not None:
+                self.batches[text.player].waiting.append(text)
         for batch in self.batches.values():
-            batch.end({"event": "end", "reason": "stopping"})
+            batch.end(STOPPING)
 
     def _receive(self) -> None:
         """Hand what has arrived to the batches; with nothing to do, compile a size, or wait."""
