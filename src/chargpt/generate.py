@@ -78,7 +78,7 @@ def generate(
     made = 0
     while made < num_tokens:
         position = context.shape[1]
-        room = room_after(position, max_seq_len)
+        room = max(1, max_seq_len - position) - 1
         new, cache = _read(model, context, keys, jnp.asarray(made), max_seq_len, how)
         piece = new
         while True:
@@ -97,11 +97,6 @@ def generate(
 def first_context(prompt: int, max_seq_len: int) -> int:
     """How many of `prompt` tokens are read before the first is drawn: all, or half a context."""
     return prompt if prompt < max_seq_len else max(1, max_seq_len // 2)
-
-
-def room_after(read: int, max_seq_len: int) -> int:
-    """How many tokens follow the one drawn after `read` tokens, until the cache is full."""
-    return max(1, max_seq_len - read) - 1
 
 
 @eqx.filter_jit
