@@ -1,4 +1,4 @@
-"""Models with random weights, ready to write, and a server for them on the loopback interface."""
+"""Models with random weights, ready to write."""
 
 import functools
 import tempfile

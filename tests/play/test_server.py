@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,96 +16,17 @@ import jax
 import programs
 import pytest
 from fake_runs import make_checkpoint
-from players import ALPHABET, CONTEXT, PROMPT, make_player
+from players import ALPHABET, CONTEXT, PROMPT
+from serving import ASKED, JSON, NAMES, OTHER, SECONDS, Site, events, sample, wait_until
 
-from chargpt.config import AttentionType
 from chargpt.play import command, requests, server
-from chargpt.play.engine import Engine, Event
-from chargpt.run.sample import SampleOptions, continue_text
-
-ASKED = {"models": [0], "prompt": PROMPT, "length": 20, "temperature": 0.8, "top_k": None}
-ASKED |= {"top_p": None, "seed": 0}
-JSON = {"Content-Type": "application/json"}
-SECONDS = 60
-NAMES = [kind.name for kind in AttentionType]
-OTHER = len(NAMES)  # a model that knows few characters
-
-
-class Site:
-    """A server with a model of every type, and a browser's part of the conversation."""
-
-    def __init__(self, token: str | None = None, **limits: int):
-        players = [*map(make_player, NAMES), make_player(NAMES[0], alphabet="abc")]
-        self.engine = Engine(players, max_slots=limits.pop("slots", 64))
-        self.streams = server.Streams(**{"most": 64, "most_per_client": 64} | limits)
-        self.socket = command.listen("127.0.0.1", 0)
-        self.port = self.socket.getsockname()[1]
-        hosts = frozenset({f"127.0.0.1:{self.port}"})
-        answers = server.Answers(players, self.engine, self.streams, "ROMEO:")
-        self.server = server.Server(server.make_app(answers, hosts, token), self.engine)
-
-    def __enter__(self) -> "Site":
-        self.engine.__enter__()
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(SECONDS)
-        self.engine.__exit__()
-        assert not self.thread.is_alive()
-
-    @contextlib.contextmanager
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] = JSON
-    ) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
-            connection.request(method, path, body, headers)
-            yield connection.getresponse()
-        finally:
-            connection.close()
-
-    def answer(self, *asked: Any, **options: Any) -> tuple[int, Any, Any]:
-        """(status, JSON, headers)."""
-        with self.ask(*asked, **options) as response:
-            return response.status, json.loads(response.read()), response.headers
-
-    def post(self, path: str, **fields: Any) -> tuple[int, Any]:
-        return self.answer("POST", path, json.dumps(fields).encode())[:2]
-
-    def proceed(self, **fields: Any) -> list[Event]:
-        """All events of a continuation."""
-        with self.ask("POST", "/continue", json.dumps(ASKED | fields).encode()) as response:
-            assert response.status == 200, response.read()
-            assert response.headers["Content-Type"].startswith("text/event-stream")
-            return list(events(response))
-
-
-def events(response: http.client.HTTPResponse) -> Iterator[Event]:
-    """Server-sent events, as the specification's parser has them."""
-    fields: dict[str, str] = {}
-    for line in response:
-        name, _, value = line.decode().rstrip("\n").partition(": ")
-        if name:
-            fields[name] = value
-        else:
-            yield {"event": fields["event"], **json.loads(fields["data"])}
-            fields = {}
+from chargpt.play.engine import Event
 
 
 def written(told: list[Event], model: int) -> str:
     own = [event for event in told if event["model"] == model]
     assert own[-1]["event"] == "end" and own[-1]["reason"] == "length", own[-1]
     return "".join(event["text"] for event in own if event["event"] == "text")
-
-
-def sample(name: str, **options: Any) -> str:
-    """What `chargpt sample` writes."""
-    run = make_player(name).run
-    pieces = continue_text(run.model, run.header, SampleOptions(**options))
-    return "".join(text for (text,) in pieces)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +36,10 @@ def site() -> Iterator[Site]:
 
 
 def test_the_page_and_its_models(site: Site) -> None:
-    for path, kind in (("/", "text/html"), ("/play.js", "javascript"), ("/play.css", "text/css")):
+    assert set(server.FILES.values()) == {file.name for file in server.PAGE.iterdir()}
+    kinds = {".html": "text/html", ".css": "text/css", ".js": "javascript"}
+    for path, name in server.FILES.items():
+        kind = kinds[Path(name).suffix]
         with site.ask("GET", path, headers={}) as response:
             assert response.status == 200 and kind in response.headers["Content-Type"]
             policy = response.headers["Content-Security-Policy"]
@@ -166,13 +89,6 @@ def reading(site: Site, **fields: Any) -> Iterator[http.client.HTTPResponse]:
     """A continuation whose reader goes away at the end of the block."""
     with site.ask("POST", "/continue", json.dumps(ASKED | fields).encode()) as response:
         yield response
-
-
-def wait_until(condition: Any, seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # --- who goes away, and who asks for too much

@@ -26,7 +26,9 @@ from chargpt.play.guard import Guard, refusal
 from chargpt.run.sample import SampleOptions
 
 PAGE = Path(__file__).with_name("page")
-FILES = {"/": "index.html", "/play.js": "play.js", "/play.css": "play.css"}
+SCRIPTS = "cards characters chart frame heat inspector models play stream surprise tools"
+FILES = {"/": "index.html", "/play.css": "play.css"}
+FILES |= {f"/{name}.js": f"{name}.js" for name in SCRIPTS.split()}
 MAX_BODY = 1 << 17  # bytes of a request
 BODY_SECONDS = 10.0  # in which all of it must come
 MAX_LOOKS = 32  # questions that wait for a look into a model
