@@ -5,7 +5,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from players import PROMPT, make_player
@@ -80,7 +80,7 @@ class Site:
             return list(events(response))
 
 
-def events(response: http.client.HTTPResponse) -> Iterator[Event]:
+def events(response: Iterable[bytes]) -> Iterator[Event]:
     """Server-sent events, as the specification's parser has them."""
     fields: dict[str, str] = {}
     for line in response:
@@ -92,9 +92,9 @@ def events(response: http.client.HTTPResponse) -> Iterator[Event]:
             fields = {}
 
 
-def sample(name: str, **options: Any) -> str:
+def sample(player: Player | str, **options: Any) -> str:
     """What `chargpt sample` writes."""
-    run = make_player(name).run
+    run = (make_player(player) if isinstance(player, str) else player).run
     pieces = continue_text(run.model, run.header, SampleOptions(**options))
     return "".join(text for (text,) in pieces)
 
