@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+SUDO := $(if $(filter-out 0,$(shell id -u)),$(shell which sudo 2>/dev/null))
 unexport PYTHONDONTWRITEBYTECODE # a program would compile 1,400 files every time it starts
 # JAX with CUDA if there is an NVIDIA GPU
 LOCK := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-cuda.lock,requirements.lock)
@@ -11,6 +12,7 @@ help:
 	@echo 'make train [ARGS="…"]    train; ARGS are overrides, such as ARGS="model.mha_type=mla trainer.num_steps=50"'
 	@echo 'make test                lint, types, all tests'
 	@echo 'make lint                ruff and mypy only'
+	@echo 'make browser             Chromium for the tests of chargpt play (Debian, Ubuntu)'
 	@echo 'make bench               the tables of docs/results.md that need no other library (an hour)'
 	@echo 'make gpu-check           compile for an H100 without a GPU (installs 6 GB into .venv-cuda)'
 	@echo 'make gpu-bench           the first ten minutes on a GPU: tests, tables'
@@ -37,6 +39,12 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+browser: # where apt-get has no Chromium, or only a stub that needs snap, the tests of the page are skipped
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	$(SUDO) apt-get -qq update && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+		apt-get -qq install --yes --no-install-recommends chromium >/dev/null; \
+	command -v chromium || { echo 'apt-get has no Chromium here: the tests of the page are skipped'; exit 1; }
 
 bench: setup
 	$(BIN)/python benchmarks/train.py
@@ -66,4 +74,4 @@ clean:
 	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup train test lint bench gpu-check gpu-bench lock clean
+.PHONY: help setup train test lint browser bench gpu-check gpu-bench lock clean

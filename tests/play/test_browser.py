@@ -19,7 +19,7 @@ from chargpt.attention import GroupedQueryAttention
 from chargpt.play import look, server
 from chargpt.play.engine import Batch, Event, Player
 
-NAMES_OF_CHROMIUM = "chromium", "chromium-browser", "google-chrome"
+NAMES_OF_CHROMIUM = "chromium", "google-chrome", "chromium-browser"
 CHROMIUM = next(filter(None, map(shutil.which, NAMES_OF_CHROMIUM)), None)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
