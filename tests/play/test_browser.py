@@ -415,7 +415,7 @@ def test_weights_and_bias_of_one_head_of_a_layer_and_of_all(visit: Visit) -> Non
     page.locator("#head").select_option("2")
     np.testing.assert_allclose(strengths(weights), np.sqrt(answer["weights"][0][2]), atol=1e-3)
     written = np.array(answer["bias"][0][2], float)  # NaN beyond the window
-    most = np.nanmax(np.abs(np.array(answer["bias"], float)))
+    most = np.nanmax(np.abs(written))
     np.testing.assert_allclose(strengths(bias), np.nan_to_num(np.abs(written)) / most, atol=1e-3)
     assert np.isnan(written).sum() == 5
     bias.locator(".w").first.hover()

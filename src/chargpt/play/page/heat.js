@@ -6,13 +6,15 @@ import { make, percent, range, signed, span } from './tools.js';
 
 // A scale: how strong (0 to 1) and in which colour a value is painted, how it is written, and its legend.
 // A value is null where nothing is read.
-export const WEIGHT = {
+const WEIGHT = {
   strength: Math.sqrt, colour: () => '--read', words: percent,
   name: 'share of its attention', ramp: 'ramp-read', ticks: [0, 0.04, 0.25, 1], place: Math.sqrt,
 };
 
-export function biasScale(tensor) {
-  const most = Math.max(0.01, ...tensor.flat(2).map(Math.abs));
+export const weightScale = () => WEIGHT;
+
+export function biasScale(values) {
+  const most = Math.max(0.01, ...values.map(Math.abs));
   return {
     strength: b => Math.abs(b) / most, colour: b => b < 0 ? '--minus' : '--plus',
     words: b => b === null ? 'out of sight' : signed(b),
@@ -21,9 +23,11 @@ export function biasScale(tensor) {
   };
 }
 
-// tensor[layer][head][character]; view: { chars, mode: 'head' | 'layer' | 'all', layer, head }
-export function drawHeat(box, tensor, { chars, mode, layer, head }, scale) {
+// tensor[layer][head][character]; view: { chars, mode: 'head' | 'layer' | 'all', layer, head };
+// scaleOf(values): the scale for those that are shown
+export function drawHeat(box, tensor, { chars, mode, layer, head }, scaleOf) {
   const row = mode === 'head' ? tensor[layer][head] : mode === 'layer' ? mean(tensor[layer]) : null;
+  const scale = scaleOf(row ?? tensor.flat(2));
   const usual = row ? strongest(chars, row, scale) : 'Point at a cell to read it.';
   const caption = make('p', { className: 'caption', textContent: usual });
   const say = (j, value, prefix = '') => {

@@ -2,7 +2,7 @@
 // and what it read to decide.
 
 import { glyph, spoken, tint } from './characters.js';
-import { WEIGHT, biasScale, drawHeat } from './heat.js';
+import { biasScale, drawHeat, weightScale } from './heat.js';
 import { $, count, keyed, make, percent, post, range, span } from './tools.js';
 
 export let spot = null;  // the character that is shown: { card, i, pinned, blank: not known yet }
@@ -150,6 +150,6 @@ export function showAttention() {
   $('layer-label').hidden = mode === 'all';
   $('head-label').hidden = mode !== 'head';
   $('bias').hidden = !shown.bias;
-  drawHeat($('weights'), shown.weights, view, WEIGHT);
-  if (shown.bias) drawHeat($('bias'), shown.bias, view, biasScale(shown.bias));
+  drawHeat($('weights'), shown.weights, view, weightScale);
+  if (shown.bias) drawHeat($('bias'), shown.bias, view, biasScale);
 }
