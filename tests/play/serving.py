@@ -39,7 +39,7 @@ class Site:
         self.port = self.socket.getsockname()[1]
         hosts = frozenset({f"127.0.0.1:{self.port}"})
         answers = server.Answers(players, self.engine, self.streams, "ROMEO:")
-        self.server = server.Server(server.make_app(answers, hosts, token), self.engine)
+        self.server = server.Server(server.make_app(answers, hosts, token), answers)
 
     def __enter__(self) -> "Site":
         self.engine.__enter__()

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from players import ALPHABET, CONTEXT, PROMPT
 from serving import ASKED, JSON, NAMES, OTHER, SECONDS, Site, events, sample, wait_until
 
 from chargpt.play import command, requests, server
-from chargpt.play.engine import Event
+from chargpt.play.engine import Batch, Event
 
 
 def written(told: list[Event], model: int) -> str:
@@ -135,6 +136,29 @@ def test_fifty_readers_at_once_get_their_own_text_each_and_leave_nothing_behind(
     for fields, text in zip(asked, texts, strict=True):
         name = NAMES[fields["models"][0]]
         assert text == sample(name, prompt=PROMPT, num_chars=40, seed=fields["seed"])
+
+
+def test_a_server_that_stops_ends_texts_also_while_the_engine_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may compile for longer than streams have to end."""
+    draw, at_work, go_on = Batch.draw, threading.Event(), threading.Event()
+
+    def slowly(batch: Batch, slots: list[Any], cache: Any) -> Any:
+        if any(slots):
+            at_work.set()
+            assert go_on.wait(SECONDS)
+        return draw(batch, slots, cache)
+
+    monkeypatch.setattr(Batch, "draw", slowly)
+    with Site() as site, reading(site, models=[0, 1]) as response:
+        assert at_work.wait(SECONDS)
+        site.server.should_exit = True
+        told = list(events(response))
+        go_on.set()
+    assert [(event["model"], event["reason"]) for event in told] == [
+        (0, "stopping"), (1, "stopping")
+    ]  # fmt: skip
 
 
 # --- bad requests

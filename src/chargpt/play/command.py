@@ -27,7 +27,7 @@ class PlayOptions:
     host: str = "127.0.0.1"  # another one, such as 0.0.0.0, is served with a token
     port: int = 8000  # 0 = any that is free
     streams: int = 64  # at once, each by one model
-    streams_per_client: int = 12  # of them for one address
+    streams_per_client: int = 24  # of them for one address
     slots: int = 64  # of each model's cache; other texts wait
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ def play(options: PlayOptions) -> None:
             app = server.make_app(answers, hosts, token)
             print(address(options.host, port, token), flush=True)
             note("Ctrl-C ends it")
-            server.Server(app, engine).run([bound])
+            server.Server(app, answers).run([bound])
 
 
 def choose(options: PlayOptions) -> list[Record]:

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from chargpt.costs import count_parameters
 from chargpt.errors import ConfigError, require
 from chargpt.play import look, requests
-from chargpt.play.engine import Engine, Event, Player, Text
+from chargpt.play.engine import STOPPING, Engine, Event, Player, Text
 from chargpt.play.guard import Guard, refusal
 from chargpt.run.sample import SampleOptions
 
@@ -69,11 +69,14 @@ class Conversation(StreamingResponse):
     If the reader goes away, the texts are cancelled.
     """
 
-    def __init__(self, players: dict[int, Player], options: SampleOptions):
+    def __init__(
+        self, players: dict[int, Player], options: SampleOptions, running: set["Conversation"]
+    ):
         super().__init__(self._events(), media_type="text/event-stream")
+        self._running = running  # all conversations that are
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.texts: dict[int, Text] = {}
+        self.texts: dict[int, Text] = {}  # that have not ended
         self.on_end: Callable[[], None] = lambda: None  # of each text
         self._refused: list[Event] = []
         for number, player in players.items():
@@ -82,24 +85,32 @@ class Conversation(StreamingResponse):
             except ConfigError as error:  # a character that it does not know
                 self._refused.append({"event": "error", "model": number, "error": str(error)})
         require(bool(self.texts), self._refused[0]["error"] if self._refused else "")
+        self._number = len(self.texts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._running.add(self)
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._running.discard(self)
             for number, text in list(self.texts.items()):
                 text.cancelled = True
                 self._end(number)
 
+    def stop(self) -> None:
+        """End all texts with a last event, whatever the engine is doing."""
+        for number, text in list(self.texts.items()):
+            text.cancelled = True
+            self._take(number, STOPPING)
+
     async def _events(self) -> AsyncIterator[bytes]:
         for event in self._refused:
             yield as_sent(event)
-        for _ in range(len(self.texts)):
-            last = False
-            while not last:
-                event = await self._queue.get()
-                last = event["event"] in LAST
-                yield as_sent(event)
+        ended = 0
+        while ended < self._number:
+            event = await self._queue.get()
+            ended += event["event"] in LAST
+            yield as_sent(event)
 
     def _emitter(self, number: int) -> Callable[[Event], None]:
         """For the engine's thread."""
@@ -142,6 +153,7 @@ class Answers:
             "limits": requests.LIMITS,
             "defaults": defaults,
         }
+        self.running: set[Conversation] = set()
         self.looking = asyncio.Semaphore(1)  # one at a time: streams go on beside it
         self.looks = 0
 
@@ -164,7 +176,7 @@ class Answers:
             top_p=asked.top_p,
             seed=asked.seed,
         )
-        conversation = Conversation(self.choose(asked.models), options)
+        conversation = Conversation(self.choose(asked.models), options, self.running)
         client = request.client.host if request.client else ""
         self.streams.take(client, len(conversation.texts))
         conversation.on_end = lambda: self.streams.give_back(client)
@@ -274,7 +286,7 @@ def make_app(answers: Answers, hosts: frozenset[str], token: str | None) -> Star
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, which end all streams with a last event."""
 
-    def __init__(self, app: Starlette, engine: Engine):
+    def __init__(self, app: Starlette, answers: Answers):
         super().__init__(
             uvicorn.Config(
                 app,
@@ -286,8 +298,9 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE,
             )
         )
-        self.engine = engine
+        self.answers = answers
 
     async def shutdown(self, sockets: Any = None) -> None:
-        self.engine.close()
+        for conversation in list(self.answers.running):
+            conversation.stop()
         await super().shutdown(sockets)
