@@ -22,9 +22,13 @@ if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # Tests, and programs that they start, share what they have compiled.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="chargpt-tests-")
+    compiled = tempfile.mkdtemp(prefix="chargpt-tests-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{compiled}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Else each program would compile 1,400 files; none is written beside its source.
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{compiled}/python"
 # No test talks to a server unless it starts one itself, on the loopback interface.
 os.environ["WANDB_MODE"] = "disabled"
 
