@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -53,6 +54,7 @@ def make_config(*overrides: str) -> config.Config:
     return compose.compose.__wrapped__(overrides)
 
 
+@functools.cache
 def small_config(*overrides: str) -> config.Config:
     """A model that compiles and trains in seconds. Changing a composed configuration is fast."""
     if any(override.startswith(("experiment=", "+", "~")) for override in overrides):
@@ -60,6 +62,7 @@ def small_config(*overrides: str) -> config.Config:
     return compose.change(compose.compose(tuple(SMALL)), compose.read_overrides(overrides))
 
 
+@functools.cache
 def layer_of(mha_type: config.AttentionType, *overrides: str) -> AbstractAttention:
     """A small layer of that type, with shapes in place of arrays: what the type declares."""
     small = small_config(f"model.mha_type={mha_type.name}", *overrides)
