@@ -33,6 +33,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # No test talks to a server unless it starts one itself, on the loopback interface.
 os.environ["WANDB_MODE"] = "disabled"
 
+# Tracing makes much garbage that reference counts do not free, and little of it is large.
+gc.set_threshold(50_000, 20, 20)
+
 from pathlib import Path
 
 import jax
