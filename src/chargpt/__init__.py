@@ -29,7 +29,6 @@ CHECKED = (
     "generate",
     "model",
     "optimizer",
-    "play.engine",
     "play.look",
     "positions",
     "train",

@@ -156,3 +156,9 @@ def _draw(kept: tuple[Any, ...], cache: PyTree) -> tuple[Samples, Logits, PyTree
 
 
 advance: Any = eqx.filter_jit(_draw, donate="all-except-first")
+
+
+@eqx.filter_jit
+def of_samples(cache: PyTree, samples: Int[Array, " new"]) -> PyTree:
+    """The cache of those samples, in that order."""
+    return jax.tree.map(lambda leaf: leaf[samples], cache)

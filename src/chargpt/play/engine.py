@@ -10,15 +10,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
 
 from chargpt.costs import kv_cache_bytes
 from chargpt.errors import one_line
-from chargpt.generate import advance, first_context, unstack
+from chargpt.generate import advance, first_context, of_samples, unstack
 from chargpt.run.sample import SampleOptions
 from chargpt.run.trained import TrainedRun
 from chargpt.train import Stream, cast, compute_dtype, random_key
@@ -26,6 +24,7 @@ from chargpt.train import Stream, cast, compute_dtype, random_key
 PIECE = 8  # tokens that a model draws before another has its turn
 GROWTH = 4  # a batch has 1, 4, 16, … slots: few sizes, since each is compiled
 ALTERNATIVES = 5
+DIGITS = 5  # of their probabilities
 UNKNOWN = -1  # in place of a token that is to be drawn
 
 Event = dict[str, Any]  # as a reader gets it; "event" is its name
@@ -44,22 +43,21 @@ class Player:
         self.alphabet = run.header.vocabulary
         self.cache_bytes = functools.cache(functools.partial(kv_cache_bytes, run.model, dtype))
 
-    def judge(
-        self, logits: Float[np.ndarray, "t vocab"], tokens: Int[np.ndarray, " t"]
-    ) -> list[Event]:
-        """The probability of each token, and the most likely ones in its place."""
+    def judge(self, logits: np.ndarray, tokens: np.ndarray) -> list[Event]:
+        """The probability of each of the tokens [n] by logits [n, vocab], and the likeliest ones.
+
+        For all texts of a batch at once: a call for each number would cost as much as the model.
+        """
         weights = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-        probabilities = weights / weights.sum(axis=-1, keepdims=True)
-        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :ALTERNATIVES]
+        weights /= weights.sum(axis=-1, keepdims=True)
+        best = np.argsort(-weights, axis=-1, kind="stable")[:, :ALTERNATIVES]
+        own = np.take_along_axis(weights, tokens[:, None], axis=-1)[:, 0].tolist()
+        others = np.take_along_axis(weights, best, axis=-1).round(DIGITS).tolist()
+        names = [[self.alphabet[i] for i in row] for row in best.tolist()]
         return [
-            {"p": short(row[token]), "top": [[self.alphabet[i], short(row[i])] for i in order]}
-            for row, token, order in zip(probabilities, tokens, best, strict=True)
+            {"p": p, "top": [[name, q] for name, q in zip(row, values, strict=True)]}
+            for p, row, values in zip(own, names, others, strict=True)
         ]
-
-
-def short(number: float) -> float:
-    """Four digits, as a reader gets it."""
-    return float(f"{number:.4g}")
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,7 +78,7 @@ class Text:
         self.prompt_length = len(self.tokens)
         self.start = len(self.tokens) - first_context(len(self.tokens), self.player.context)
         self.position = 0
-        self.room = max(1, self.player.context - 1)  # tokens to read until all begins again
+        self.room = max(1, self.player.context - 1)  # for tokens, until half is read again
         self.prompt_judged: list[Event | None] = [None]
         self.waited = False
         self.began = 0.0
@@ -112,24 +110,21 @@ class Text:
             self.waited = True
             self.emit({"event": "waiting"})
 
-    def take(self, drawn: Int[np.ndarray, " t"], logits: Float[np.ndarray, "t vocab"]) -> None:
-        """Go on by a piece, and tell the reader."""
-        start, new = self.start, []
-        for token, judged in zip(drawn.tolist(), self.player.judge(logits, drawn), strict=True):
-            if self.position == self.room or self.done:
-                break
-            if self.next == len(self.tokens):
-                self.tokens.append(token)
-                new.append(judged)
-            elif self.next < self.prompt_length and self.made == 0:
-                self.prompt_judged.append(judged)
-            self.position += 1
+    def take(self, tokens: list[int], judged: list[Event]) -> None:
+        """Go on by a piece: what was drawn and what is said of it; tell the reader."""
+        start, steps = self.start, min(PIECE, self.room - self.position)
+        old = min(steps, len(self.tokens) - self.next)  # they were known
+        new = min(steps - old, self.options.num_chars - self.made)
+        if self.made == 0:
+            self.prompt_judged += judged[:old]
+        self.tokens += tokens[old : old + new]
+        self.position += old + new
         held = self.position
         if self.position == self.room:
             keep = first_context(self.player.context, self.player.context)
             self.start, self.position = len(self.tokens) - keep, 0
         if new:
-            self._tell(new, start, held)
+            self._tell(judged[old : old + new], start, held)
 
     def _tell(self, new: list[Event], start: int, held: int) -> None:
         if self.made == len(new):
@@ -149,12 +144,6 @@ class Text:
         )
         if self.made == self.options.num_chars:
             self.emit({"event": "end", "reason": "length"})
-
-
-@eqx.filter_jit
-def arrange(cache: PyTree, slots: Int[Array, " new"]) -> PyTree:
-    """The cache of `slots`, in that order."""
-    return jax.tree.map(lambda leaf: leaf[slots], cache)
 
 
 class Batch:
@@ -194,13 +183,13 @@ class Batch:
         if not self.texts:
             return
         drawn, logits, self.cache = self.draw(self.slots, self.cache)
-        for slot, text in enumerate(self.slots):
-            if text is not None:
-                text.take(drawn[slot], logits[slot])
+        taken = [slot for slot, text in enumerate(self.slots) if text is not None]
+        tokens = drawn[taken]
+        judged = self.player.judge(logits[taken].reshape(tokens.size, -1), tokens.reshape(-1))
+        for number, text in enumerate(self.texts):
+            text.take(tokens[number].tolist(), judged[number * PIECE :][:PIECE])
 
-    def draw(
-        self, slots: list[Text | None], cache: PyTree
-    ) -> tuple[np.ndarray, np.ndarray, PyTree]:
+    def draw(self, slots: list[Text | None], cache: Any) -> tuple[np.ndarray, np.ndarray, Any]:
         """A piece of every text: tokens [slots, PIECE], logits [slots, PIECE, vocab], the cache."""
         size, nothing = len(slots), [0] + [UNKNOWN] * PIECE
         known = np.array([nothing if text is None else text.known() for text in slots], np.int32)
@@ -226,7 +215,7 @@ class Batch:
         size = self.cold.pop(0)
         self.draw([None] * size, self.empty_cache(size))
 
-    def empty_cache(self, size: int) -> PyTree:
+    def empty_cache(self, size: int) -> Any:
         one = self.player.model.init_cache(self.player.context)
         return jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), one)
 
@@ -243,7 +232,7 @@ class Batch:
         if size != len(self.slots):
             taken = [slot for slot, text in enumerate(self.slots) if text is not None]
             free = size - len(taken)
-            self.cache = arrange(self.cache, jnp.asarray(taken + [0] * free))
+            self.cache = of_samples(self.cache, jnp.asarray(taken + [0] * free))
             self.slots = [self.slots[slot] for slot in taken] + [None] * free
         for text in new:
             text.began = time.monotonic()
