@@ -5,9 +5,9 @@
 
 The program is started on a free port; readers are connections on the loopback interface, all of
 one process, which shares the cores with it. In each round every model has its turn with each number
-of streams, all of which begin at once; rounds before the first compile. Shown are the median over
-all streams of all rounds (the slowest in brackets), and the best round's characters per second, all
-streams together. Memory is the resident set of the program after a round.
+of streams, all of which begin at once; two rounds before the first compile. Shown are the median
+over all streams of all rounds (the slowest in brackets), and the best round's characters per
+second, all streams together. Memory is the resident set of the program after each round.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from train import machine
 
+COMPILING = 2  # rounds: the program also compiles sizes of its batches while it is idle
 PROMPT = "HAMLET:\nTo be, or not to be"
 
 
@@ -81,11 +82,11 @@ def show(port: int, pid: int, counts: list[int], length: int, rounds: int) -> No
     waits: dict[tuple[int, int], list[float]] = {}
     speeds: dict[tuple[int, int], list[float]] = {}
     sizes = []
-    for number in range(rounds + 1):
+    for number in range(-COMPILING, rounds):
         for count in counts:
             for model in names:
                 firsts, speed = asyncio.run(measure(port, model, count, length))
-                if number > 0:
+                if number >= 0:
                     waits.setdefault((model, count), []).extend(firsts)
                     speeds.setdefault((model, count), []).append(speed)
         sizes.append(memory(pid))
