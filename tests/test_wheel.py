@@ -29,7 +29,7 @@ def test_it_holds_every_file_that_the_program_reads(wheel: Path) -> None:
     shipped = {
         "data": ["*.txt"],
         "configs": ["*.yaml", "*/*.yaml"],
-        "src/chargpt": ["**/*.py", "**/*.html"],
+        "src/chargpt": ["**/*.py", "**/*.html", "**/*.css", "**/*.js"],
     }
     for folder, patterns in shipped.items():
         inside = "chargpt" if folder == "src/chargpt" else f"chargpt/{folder}"
