@@ -2,6 +2,10 @@
 
 import base64
 import re
+import shutil
+
+NAMES_OF_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES_OF_CHROMIUM)), None)
 
 
 def type_sizes(html: str) -> set[float]:

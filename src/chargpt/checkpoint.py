@@ -216,14 +216,26 @@ def open_run(run: str | None, which: Which) -> tuple[Path, TrainState, Header]:
 
     ConfigError if there is none, or it cannot be used.
     """
-    file = f"checkpoints/{which.name}.eqx"
+    run_dir = find_run(run, which)
+    return run_dir, *load(file_of(run_dir, which))
+
+
+def find_run(run: str | None, which: Which) -> Path:
+    """The directory of a run that has the checkpoint, by default of the newest one.
+
+    ConfigError if there is none; the checkpoint is not read.
+    """
     if run is None:
-        found = [path for root in ("outputs", "multirun") for path in Path(root).glob(f"**/{file}")]
+        roots = map(Path, ("outputs", "multirun"))
+        found = [path for root in roots for path in root.glob(str(file_of(Path("**"), which)))]
         train_one = "train one with main.py, or write run=DIR"
         require(bool(found), f"run: there is none in outputs/ or multirun/; {train_one}")
-        path = max(found, key=lambda path: path.stat().st_mtime)
-    else:
-        path = Path(run) / file
-        require(Path(run).is_dir(), f"run={run}: there is no such directory")
-        require(path.is_file(), f"run={run}: has no checkpoint {file}")
-    return path.parents[1], *load(path)
+        return max(found, key=lambda path: path.stat().st_mtime).parents[1]
+    path = file_of(Path(run), which)
+    require(Path(run).is_dir(), f"run={run}: there is no such directory")
+    require(path.is_file(), f"run={run}: has no checkpoint {file_of(Path(), which)}")
+    return Path(run)
+
+
+def file_of(run_dir: Path, which: Which) -> Path:
+    return run_dir / "checkpoints" / f"{which.name}.eqx"

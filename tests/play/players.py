@@ -8,6 +8,7 @@ from fake_runs import make_checkpoint
 
 import chargpt
 from chargpt.play.engine import Player
+from chargpt.run.sample import SampleOptions, continue_text
 
 ALPHABET = "\n !,.ABCDEFGabcdefghijklmnopqrstuvwxyz"
 CONTEXT = 16
@@ -21,3 +22,8 @@ def make_player(mha_type: str, *overrides: str, alphabet: str = ALPHABET) -> Pla
     with tempfile.TemporaryDirectory() as folder:
         run = make_checkpoint(Path(folder) / "run", *kind, *overrides, alphabet=alphabet, scale=0.5)
         return Player(mha_type, chargpt.load(run))
+
+
+def alone(player: Player, options: SampleOptions) -> str:
+    """What `chargpt sample` writes."""
+    return "".join(text for (text,) in continue_text(player.run.model, player.run.header, options))

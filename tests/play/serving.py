@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from players import PROMPT, make_player
+from players import PROMPT, alone, make_player
 
 from chargpt.config import AttentionType
 from chargpt.play import command, server
 from chargpt.play.engine import Engine, Event, Player
-from chargpt.run.sample import SampleOptions, continue_text
+from chargpt.run.sample import SampleOptions
 
 ASKED = {"models": [0], "prompt": PROMPT, "length": 20, "temperature": 0.8, "top_k": None}
 ASKED |= {"top_p": None, "seed": 0}
@@ -72,9 +72,15 @@ class Site:
     def post(self, path: str, **fields: Any) -> tuple[int, Any]:
         return self.answer("POST", path, json.dumps(fields).encode())[:2]
 
+    @contextlib.contextmanager
+    def reading(self, **fields: Any) -> Iterator[http.client.HTTPResponse]:
+        """A continuation whose reader goes away at the end of the block."""
+        with self.ask("POST", "/continue", json.dumps(ASKED | fields).encode()) as response:
+            yield response
+
     def proceed(self, **fields: Any) -> list[Event]:
         """All events of a continuation."""
-        with self.ask("POST", "/continue", json.dumps(ASKED | fields).encode()) as response:
+        with self.reading(**fields) as response:
             assert response.status == 200, response.read()
             assert response.headers["Content-Type"].startswith("text/event-stream")
             return list(events(response))
@@ -94,9 +100,8 @@ def events(response: Iterable[bytes]) -> Iterator[Event]:
 
 def sample(player: Player | str, **options: Any) -> str:
     """What `chargpt sample` writes."""
-    run = (make_player(player) if isinstance(player, str) else player).run
-    pieces = continue_text(run.model, run.header, SampleOptions(**options))
-    return "".join(text for (text,) in pieces)
+    player = make_player(player) if isinstance(player, str) else player
+    return alone(player, SampleOptions(**options))
 
 
 def wait_until(condition: Any, seconds: float = SECONDS) -> None:

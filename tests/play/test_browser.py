@@ -3,7 +3,6 @@
 import copy
 import functools
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from pages import CHROMIUM
 from players import ALPHABET, PROMPT, make_player
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from serving import NAMES, SECONDS, Site, sample, wait_until
@@ -19,8 +19,6 @@ from chargpt.attention import GroupedQueryAttention
 from chargpt.play import look, server
 from chargpt.play.engine import Batch, Event, Player
 
-NAMES_OF_CHROMIUM = "chromium", "google-chrome", "chromium-browser"
-CHROMIUM = next(filter(None, map(shutil.which, NAMES_OF_CHROMIUM)), None)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: write make browser")

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import layer_of
-from players import CONTEXT, PROMPT, make_player
+from players import CONTEXT, PROMPT, alone, make_player
 
 from chargpt.config import AttentionType
 from chargpt.play.engine import PIECE, Batch, Engine, Event, Player, Text
-from chargpt.run.sample import SampleOptions, continue_text
+from chargpt.run.sample import SampleOptions
 
 SECONDS = 60
 
@@ -35,11 +35,6 @@ class Reader:
 
 def written(events: list[Event]) -> str:
     return "".join(event["text"] for event in events if event["event"] == "text")
-
-
-def alone(player: Player, options: SampleOptions) -> str:
-    """What `chargpt sample` writes."""
-    return "".join(text for (text,) in continue_text(player.run.model, player.run.header, options))
 
 
 def test_texts_in_one_batch_are_those_of_chargpt_sample(mha_type: AttentionType) -> None:

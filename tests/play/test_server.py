@@ -1,7 +1,6 @@
 """The server of `chargpt play`: what it answers, whom it refuses, what it survives."""
 
 import contextlib
-import http.client
 import json
 import random
 import signal
@@ -19,6 +18,7 @@ from fake_runs import make_checkpoint
 from players import ALPHABET, CONTEXT, PROMPT
 from serving import ASKED, JSON, NAMES, OTHER, SECONDS, Site, events, sample, wait_until
 
+from chargpt import cli
 from chargpt.play import command, requests, server
 from chargpt.play.engine import Batch, Event
 
@@ -77,18 +77,11 @@ def test_a_character_that_one_model_does_not_know_is_its_own_error(site: Site) -
 
 
 def test_a_look_inside_is_answered_while_texts_are_written(site: Site) -> None:
-    with reading(site, length=2000) as response:
+    with site.reading(length=2000) as response:
         next(events(response))
         status, answer = site.post("/attention", model=0, text="GABE")
     layers, heads = len(answer["weights"]), len(answer["weights"][0])
     assert status == 200 and (layers, heads, len(answer["weights"][0][0])) == (1, 4, 4)
-
-
-@contextlib.contextmanager
-def reading(site: Site, **fields: Any) -> Iterator[http.client.HTTPResponse]:
-    """A continuation whose reader goes away at the end of the block."""
-    with site.ask("POST", "/continue", json.dumps(ASKED | fields).encode()) as response:
-        yield response
 
 
 # --- who goes away, and who asks for too much
@@ -96,9 +89,9 @@ def reading(site: Site, **fields: Any) -> Iterator[http.client.HTTPResponse]:
 
 def test_a_reader_who_goes_away_frees_its_slot() -> None:
     with Site(slots=1) as site:
-        with reading(site, length=2000) as first:
+        with site.reading(length=2000) as first:
             assert next(events(first))["event"] == "prompt"
-            with reading(site, length=2000) as second:
+            with site.reading(length=2000) as second:
                 assert next(events(second))["event"] == "waiting"
             wait_until(lambda: site.streams.running.total() == 1)
         wait_until(lambda: site.streams.running.total() == 0)
@@ -109,7 +102,7 @@ def test_streams_are_bounded_in_all_and_for_each_client() -> None:
     with Site(most=3, most_per_client=2) as site:
         status, answer = site.post("/continue", **ASKED | {"models": [0, 1, 2]})
         assert status == 429 and "2 streams of one client are allowed" in answer["error"]
-        with reading(site, length=2000, models=[0, 1]) as first:
+        with site.reading(length=2000, models=[0, 1]) as first:
             next(events(first))
             status, answer = site.post("/continue", **ASKED)
             assert status == 429 and "2 are running; stop one" in answer["error"]
@@ -151,7 +144,7 @@ def test_a_server_that_stops_ends_texts_also_while_the_engine_is_at_work(
         return draw(batch, slots, cache)
 
     monkeypatch.setattr(Batch, "draw", slowly)
-    with Site() as site, reading(site, models=[0, 1]) as response:
+    with Site() as site, site.reading(models=[0, 1]) as response:
         assert at_work.wait(SECONDS)
         site.server.should_exit = True
         told = list(events(response))
@@ -307,7 +300,7 @@ def test_the_program_serves_runs_until_sigterm_which_ends_streams(tmp_path: Path
     address = process.stdout.readline().strip()
     site = Site.__new__(Site)
     site.port = int(address.removeprefix("http://127.0.0.1:").rstrip("/"))
-    with reading(site, length=2000, models=[0, 1]) as response:
+    with site.reading(length=2000, models=[0, 1]) as response:
         told = events(response)
         assert next(told)["event"] == "prompt"
         process.send_signal(signal.SIGTERM)
@@ -319,8 +312,6 @@ def test_the_program_serves_runs_until_sigterm_which_ends_streams(tmp_path: Path
 
 
 def test_what_cannot_be_served_is_refused_with_one_line(tmp_path: Path, capsys) -> None:
-    from chargpt import cli
-
     with command.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         for arguments, message in (

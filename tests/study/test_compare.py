@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from html import escape, unescape
@@ -20,7 +19,7 @@ from fake_runs import CORPUS, make_record, make_run
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
-from pages import type_sizes
+from pages import CHROMIUM, type_sizes
 from rich.console import Console
 
 from chargpt import cli
@@ -638,8 +637,6 @@ def test_a_strangers_texts_stay_texts(tmp_path: Path, parsed: Page) -> None:
 
 # ---- in a browser
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, PROGRAMS)), None)
 LISTEN = """<head><script>
 window.errors = [];
 window.onerror = message => { errors.push(message); };
@@ -687,14 +684,14 @@ EXERCISE = """<script>
 
 def in_browser(text: str, folder: Path, *options: str) -> dict[str, Any]:
     """What the page did when it was exercised."""
-    if BROWSER is None:
+    if CHROMIUM is None:
         pytest.skip("there is no Chromium")
     path = folder / "page.html"
     exercised = text.replace("<head>", LISTEN, 1).replace("</body>", EXERCISE)
     path.write_text(exercised, encoding="utf-8")
     fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
     fixed.append("--dump-dom")
-    command = [BROWSER, *fixed, f"--user-data-dir={folder}/profile", *options, path.as_uri()]
+    command = [CHROMIUM, *fixed, f"--user-data-dir={folder}/profile", *options, path.as_uri()]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     found = re.search(r'data-done="([^"]*)"', dumped)
     assert found is not None, dumped[-2000:]

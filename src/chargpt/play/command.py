@@ -6,7 +6,7 @@ import ipaddress
 import secrets
 import socket
 
-from chargpt.checkpoint import Which, open_run
+from chargpt.checkpoint import Which, file_of, find_run
 from chargpt.config import require_at_least, require_between
 from chargpt.errors import ConfigError, note, require
 from chargpt.run import trained
@@ -69,11 +69,11 @@ def choose(options: PlayOptions) -> list[Record]:
     """Of runs that differ only in their seed, the best; by default those of the newest sweep."""
     places = options.paths
     if not places:
-        newest = open_run(None, options.checkpoint)[0]
+        newest = find_run(None, options.checkpoint)
         sweep = newest.parent
         places = (str(sweep if (sweep / "multirun.yaml").is_file() else newest),)
-    file = f"checkpoints/{options.checkpoint.name}.eqx"
-    records = [read_run(path) for path in find_runs(places) if (path / file).is_file()]
+    found = [path for path in find_runs(places) if file_of(path, options.checkpoint).is_file()]
+    records = list(map(read_run, found))
     require(bool(records), f"{' '.join(places)}: no run there has a checkpoint; train one first")
     chosen = one_of_each(records, lambda record: record.best_loss)
     if len(chosen) > MAX_RUNS:

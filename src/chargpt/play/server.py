@@ -84,7 +84,8 @@ class Conversation(StreamingResponse):
                 self.texts[number] = Text(player, options, self._emitter(number))
             except ConfigError as error:  # a character that it does not know
                 self._refused.append({"event": "error", "model": number, "error": str(error)})
-        require(bool(self.texts), self._refused[0]["error"] if self._refused else "")
+        if not self.texts:
+            raise ConfigError(self._refused[0]["error"])
         self._number = len(self.texts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,14 +169,8 @@ class Answers:
 
     async def proceed(self, request: Request) -> Response:
         asked = requests.read(requests.Continue, await body_of(request))
-        options = SampleOptions(
-            prompt=asked.prompt,
-            num_chars=asked.length,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            seed=asked.seed,
-        )
+        drawn = asked.model_dump(exclude={"models", "length"})
+        options = SampleOptions(num_chars=asked.length, **drawn)
         conversation = Conversation(self.choose(asked.models), options, self.running)
         client = request.client.host if request.client else ""
         self.streams.take(client, len(conversation.texts))

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chargpt.checkpoint import Which, open_run
+from chargpt.checkpoint import Which, find_run
 from chargpt.compose import slug
 from chargpt.errors import note, require
 from chargpt.run import trained
@@ -103,7 +103,7 @@ def figures(readings: list[Reading], overview: bytes, maps: dict[str, bytes]) ->
 def read_all(options: InspectOptions) -> list[tuple[str, np.ndarray | None]]:
     """(name, attention weights) of every run; of runs that differ only in their seed, the first."""
     places = options.paths + (() if options.run is None else (options.run,))
-    runs = find_runs(places) if places else [open_run(None, options.checkpoint)[0]]
+    runs = find_runs(places) if places else [find_run(None, options.checkpoint)]
     chosen = one_of_each(list(map(read_run, runs)))
     if len(chosen) > MAX_RUNS:
         note(f"{len(chosen)} runs: only the first {MAX_RUNS} are shown")
