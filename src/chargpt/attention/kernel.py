@@ -110,6 +110,11 @@ def join_shared(queries: Queries, keys: Keys, shared: Shared) -> tuple[Array, Ar
     return queries, jnp.concatenate([keys, everywhere], axis=-1)
 
 
+def shared_scores(shared: Shared, scale: float) -> Float[Array, "n t s"] | None:
+    """What the shared part adds to the scores, if there is one."""
+    return None if shared is None else jnp.einsum("tne,se->nts", shared[0] * scale, shared[1])
+
+
 def attention_weights(
     queries: Queries, keys: Keys, reading: Reading, scale: float, shared: Shared = None
 ) -> Float[Array, "n t s"]:
@@ -160,7 +165,7 @@ def dot_product_attention(
             rule = dataclasses.replace(reading, sink=None)
             out = blocked(*heads, reading.sink, rule, max(BLOCK, -(-length // MAX_BLOCKS)))
             return jax.lax.optimization_barrier(out).transpose(1, 0, 2)
-    bias = jnp.einsum("tne,se->nts", shared[0] * scale, shared[1]) if shared else None
+    bias = shared_scores(shared, scale)
     queries = queries * scale
     if keys.shape[1] == queries.shape[1]:
         scores = jnp.einsum("tnd,snd->nts", queries, keys)

@@ -126,9 +126,9 @@ class SelectiveAttention(AbstractAttention):
         """The second term of the score."""
         (_, bias_queries, _), (keys, _) = self.project(x, jnp.arange(x.shape[0]))
         shared = self._shared(bias_queries, keys, reading)
-        if shared is None:
+        scores = kernel.shared_scores(shared, self.head_dim**-0.5)
+        if scores is None:
             return None
-        scores = jnp.einsum("tne,se->nts", shared[0] * self.head_dim**-0.5, shared[1])
         return jnp.where(reading.mask(*scores.shape[1:]), scores, -jnp.inf)
 
     def remark(self) -> str | None:
