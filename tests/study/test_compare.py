@@ -30,6 +30,7 @@ from chargpt.study.compare import (
     COLUMNS,
     CompareOptions,
     Comparison,
+    Drawing,
     default_place,
     doubts,
     read_comparison,
@@ -356,15 +357,16 @@ def test_csv_leaves_missing_numbers_empty_and_quotes_what_it_must() -> None:
 
 
 def test_the_files_are_written_side_by_side(written: list[Path], result: Comparison) -> None:
-    endings = (".html", ".md", ".csv", ".png")
+    endings = (".html", ".md", ".csv", ".png", ".jsonl")
     assert [path.name for path in written] == [f"comparison{ending}" for ending in endings]
     assert sorted(written[0].parent.iterdir()) == sorted(written)
-    _, markdown, table, figure = written
+    _, markdown, table, figure, records = written
     text = f"# Types & <seeds>\n\n{subtitle(result.arms)}\n\n{to_markdown(result.arms)}\n"
     assert markdown.read_text().startswith(text)
     assert table.read_text() == to_csv(result.arms)
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert imread(figure).shape == (832, 1430, 4)
+    assert records.read_text().count("\n") == 18
 
 
 def test_the_subtitle_says_what_was_compared(result: Comparison) -> None:
@@ -417,6 +419,33 @@ def test_any_name_of_an_arm_can_stand_in_the_figures(name: str) -> None:
     arms = [arm("first", seeds=[0, 1]), arm(name, seeds=[0, 1])]
     for draw in (functools.partial(figures.curves, against="steps"), figures.paired_differences):
         assert f">{escape(name)}</text>" in figures.to_svg(draw(arms, theme=figures.PAGE), "name")
+
+
+def test_the_frontier_has_a_line_for_each_type_through_its_best_at_each_size() -> None:
+    losses = {"2048 a": 1.7, "512": 1.8, "2048 b": 1.6}
+    arms = [arm("standard", seeds=[0, 1])]
+    for name, loss in losses.items():
+        size = {"kv_cache_bytes_per_token": int(name.split()[0]), "best/val_loss": loss}
+        run = make_record("model.mha_type=mla", summary=size)
+        arms.append(Arm(name, {0: run}))
+    figure = figures.frontier(arms)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["standard"].get_xydata().tolist() == [[1024, 2.0]]
+    assert lines["mla"].get_xydata().tolist() == [[512, 1.8], [2048, 1.6]]
+    svg = figures.to_svg(figures.frontier(arms, figures.PAGE), "frontier")
+    assert set(re.findall(r'class="arm arm(\d+)"', svg)) == {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("drawing", Drawing)
+def test_the_figure_for_documents_is_the_one_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, drawing: Drawing
+) -> None:
+    make_run(tmp_path / "a", "model.mha_type=mla", summary={"kv_cache_bytes_per_token": 768})
+    make_run(tmp_path / "b", "model.mha_type=mla", "model.mla.kv_lora_rank=16")
+    assert run_tool(capsys, str(tmp_path), f"figure={drawing}")[0] == 0
+    height, _, _ = imread(tmp_path / "comparison.png").shape
+    assert height == {Drawing.costs: 832, Drawing.cache: 676}[drawing]
+    assert "What the cache buys" in (tmp_path / "comparison.html").read_text()
 
 
 # ---- the command
@@ -475,8 +504,8 @@ def test_a_run_with_an_equals_sign_in_its_name_is_a_path(
     monkeypatch.chdir(tmp_path)
     code, out, err = run_tool(capsys, "lr=1e-3", "out=results/both", "title=A title")
     assert (code, err) == (0, "")
-    files = [f"results/both{ending}" for ending in (".html", ".md", ".csv", ".png")]
-    assert out.splitlines()[-4:] == files
+    files = [f"results/both{ending}" for ending in (".html", ".md", ".csv", ".png", ".jsonl")]
+    assert out.splitlines()[-5:] == files
     assert "2 2.0000 ± 0.0000" in out
     assert "<h1>A title</h1>" in Path("results/both.html").read_text()
 

@@ -61,7 +61,7 @@ def test_the_comparison_of_types_continues_where_it_was_killed_and_ends_with_its
     losses = [float(row[2]) for row in rows]
     lowest = min(summary["best/val_loss"] for summary in summaries)
     assert losses == sorted(losses) and losses[0] == pytest.approx(lowest, abs=5e-5)
-    for ending in (".html", ".md", ".csv", ".png"):
+    for ending in (".html", ".md", ".csv", ".png", ".jsonl"):
         path = folder / f"comparison{ending}"
         assert str(path) in out and path.stat().st_size > 300
 

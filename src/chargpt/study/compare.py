@@ -1,4 +1,4 @@
-"""`chargpt compare`: what runs reached and what they cost, as a table, Markdown, CSV and a page."""
+"""`chargpt compare`: what runs reached and what they cost: a table, documents, a page, records."""
 
 import csv
 import dataclasses
@@ -6,6 +6,7 @@ import datetime
 import io
 import statistics
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ from rich.text import Text
 
 from chargpt.config import to_yaml
 from chargpt.errors import one_line, require
-from chargpt.run.directory import find_runs, read_run
 from chargpt.study import figures, page
 from chargpt.study.arms import Arm, Difference, group
 from chargpt.study.page import Cell
+from chargpt.study.records import ENDING, read_records, to_jsonl
 
 # Characters of the table, at least: on a narrower terminal its lines wrap, and nothing is left out.
 WIDTH = 100
+
+
+Drawing = StrEnum("Drawing", ["costs", "cache"])
 
 
 @dataclasses.dataclass
 class CompareOptions:
     """Tables and a page of figures that compare runs; runs that differ only by seed are an arm."""
 
-    paths: tuple[str, ...] = ()  # run directories, folders of them, files in them, globs
+    # Run directories, folders of them, files in them, globs; and records of earlier comparisons
+    paths: tuple[str, ...] = ()
     out: str | None = None  # the files to write, without endings; null = comparison, in the folder
     title: str = "What attention costs, and what it buys"
+    figure: Drawing = Drawing.costs  # what the figure for documents shows
 
     def __post_init__(self) -> None:
         require(bool(self.paths), "compare: needs runs; write chargpt compare outputs/… multirun/…")
@@ -47,17 +53,17 @@ class Comparison:
 
 
 def compare(options: CompareOptions, ranked: bool = False) -> None:
-    """Print the table; write the page, Markdown, CSV and figure. `ranked`: best arms first."""
+    """Print the table; write the files. `ranked`: best arms first."""
     result = read_comparison(options.paths)
     out = Path(options.out) if options.out else default_place(options.paths)
     show(result, Console(highlight=False, width=max(Console().width, WIDTH)), ranked)
-    for path in write(result, out, options.title):
+    for path in write(result, out, options.title, options.figure):
         print(path)
 
 
 def read_comparison(paths: Sequence[str]) -> Comparison:
     """The comparison of all finished runs in `paths`; ConfigError if there is none."""
-    arms, left_out = group([read_run(path) for path in find_runs(paths)])
+    arms, left_out = group(read_records(paths))
     why = one_line("; ".join(left_out[:3]))
     require(bool(arms), f"{' '.join(paths)}: no run there is finished; {why}")
     return Comparison(arms, left_out + doubts(arms))
@@ -224,15 +230,19 @@ def to_csv(arms: Sequence[Arm]) -> str:
 # ---- the files
 
 
-def write(result: Comparison, out: Path, title: str) -> list[Path]:
-    """The page, the Markdown, the CSV and the figure for documents: `out` with their endings."""
+def write(
+    result: Comparison, out: Path, title: str, drawing: Drawing = Drawing.costs
+) -> list[Path]:
+    """Page, Markdown, CSV, the figure for documents, records of the runs: `out` with an ending."""
     arms, about = result.arms, subtitle(result.arms)
+    draw = {Drawing.costs: figures.tradeoffs, Drawing.cache: figures.frontier}[drawing]
     markdown = f"# {title}\n\n{about}\n\n{to_markdown(arms)}\n{EXPLANATION}\n"
     contents = {
         ".html": page.render(title, about, blocks(result)),
         ".md": markdown.encode(),
         ".csv": to_csv(arms).encode(),
-        ".png": figures.to_png(figures.tradeoffs(arms)),
+        ".png": figures.to_png(draw(arms)),
+        ENDING: to_jsonl(run for arm in arms for _, run in sorted(arm.runs.items())).encode(),
     }
     return page.write_files(out, contents)
 
@@ -265,6 +275,10 @@ def blocks(result: Comparison) -> list[str]:
         text = "Down is better. Point at a row of the table to highlight its arm."
         parts.append(page.heading("What it costs, what it buys", text))
         parts.append(page.drawing(figures.tradeoffs(arms, figures.PAGE), "tradeoffs"))
+    if any(len({size for size, _, _ in kind}) > 1 for kind in figures.by_cache(arms).values()):
+        text = "A line for each attention type, through the lowest loss at each size."
+        parts.append(page.heading("What the cache buys", text))
+        parts.append(page.drawing(figures.frontier(arms, figures.PAGE), "frontier"))
     if any(arm.difference(arms[0]) for arm in arms[1:]):
         text = "A seed draws the same batches in every arm: differences within it say more."
         parts.append(page.heading("Seed by seed", text))

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from chargpt.run.curves import save
 from chargpt.study.arms import Arm, Difference
@@ -156,6 +156,41 @@ def tradeoffs(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
     fitting = LINE // (10 + max(map(len, labels), default=0))
     columns = max(1, min(len(arms), 6, fitting))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **theme.legend)
+    return figure
+
+
+def by_cache(arms: Sequence[Arm]) -> dict[str, list[tuple[float, int, Arm]]]:
+    """{attention type: arms as (bytes of cache per token, number, arm), smallest first}."""
+    found: dict[str, list[tuple[float, int, Arm]]] = {}
+    for number, arm in enumerate(arms):
+        if (cache := arm.estimate("kv_cache_bytes_per_token")) is not None:
+            kind = arm.first_run.config.model.mha_type.name
+            found.setdefault(kind, []).append((cache.mean, number, arm))
+    return {kind: sorted(points, key=lambda point: point[:2]) for kind, points in found.items()}
+
+
+def frontier(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
+    """Best validation loss against the size of the KV cache, a line for each attention type.
+
+    The line runs through the lowest mean at each size; bars are the spread over seeds.
+    """
+    figure, (axes,) = new_figure(theme, 5.2)
+    for kind, points in by_cache(arms).items():
+        lowest: dict[float, float] = {}
+        colour = theme.style(points[0][1])["color"]
+        for size, number, arm in points:
+            loss = arm.estimate("best/val_loss")
+            assert loss is not None  # of a finished run
+            lowest[size] = min(loss.mean, lowest.get(size, loss.mean))
+            style = theme.points(points[0][1]) | dict(gid=f"arm-{number}", markersize=7)
+            axes.errorbar(size, loss.mean, yerr=loss.spread, elinewidth=1.2, **style)
+        shape = dict(marker=marker(points[0][1]), markersize=7, linewidth=1.8)
+        axes.plot(list(lowest), list(lowest.values()), color=colour, label=kind, **shape)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set(xlabel="bytes of KV cache per token (better: left)", ylabel="best validation loss")
+    axes.margins(0.08)
+    axes.legend(ncols=2, **theme.legend)
     return figure
 
 
