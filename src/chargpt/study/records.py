@@ -31,7 +31,7 @@ def to_jsonl(records: Iterable[Record]) -> str:
 
 def read_records(places: Sequence[str]) -> list[Record]:
     """The runs in `places`: those of `find_runs`, and files that `to_jsonl` made."""
-    found = []
+    found: list[Record] = []
     for place in places:
         is_kept = place.endswith(ENDING) and Path(place).name != "metrics.jsonl"
         found += read_jsonl(Path(place)) if is_kept else map(read_run, find_runs([place]))
