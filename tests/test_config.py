@@ -121,6 +121,7 @@ RULES: list[tuple[str, Any, str]] = [
         "write one of 1, 2, 4, 8, 16",
     ),
     ("dataset.seq_len", 2**20 + 1, "must be at most 1,048,576"),
+    ("model.ngram", 65, "must be at most dataset.seq_len=64"),
     ("seed", -1, "must be in [0, 2^32)"),
     ("seed", 2**32, "must be in [0, 2^32)"),
     ("dataset.name", "file", "needs a text; write dataset.filepath=PATH"),

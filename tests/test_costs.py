@@ -175,9 +175,15 @@ def test_operations_follow_the_widths_of_scores_and_values(overrides, layer):
     assert flops_per_token(model, SEQ_LEN) == 6 * parameters + 6 * products
 
 
-def test_learned_positions_are_looked_up_and_cost_no_operations():
-    plain, learned = (
-        flops_per_token(model_of("standard", *overrides), SEQ_LEN)
-        for overrides in ([], ["model.learned_positions=true"])
-    )
-    assert plain == learned
+@pytest.mark.parametrize(
+    ("option", "part", "size"),
+    [
+        ("model.learned_positions=true", "position embedding", SEQ_LEN * WIDTH),
+        ("model.ngram=3", "n-gram embedding", 2 * VOCAB * WIDTH),
+    ],
+)
+def test_what_is_looked_up_costs_no_operations_and_no_cache(option, part, size):
+    plain, model = (model_of("standard", *overrides) for overrides in ([], [option]))
+    assert flops_per_token(plain, SEQ_LEN) == flops_per_token(model, SEQ_LEN)
+    assert count_parameters(model) == count_parameters(plain) | {part: size}
+    assert kv_cache_bytes(model, jnp.float32, 8) == kv_cache_bytes(plain, jnp.float32, 8)

@@ -196,6 +196,7 @@ def test_greedy_text_equals_whatever_the_length_of_the_prompt(prompt_len):
         ("model.rope=false", "model.learned_positions=true"),
         ("model.norm_position=post",),
         ("model.window=3", "model.window_pattern=LG", "model.sink=zero", "model.num_experts=4"),
+        ("model.ngram=3",),
     ],
 )
 def test_greedy_text_with_the_cache_equals_greedy_text_without_in_other_models(overrides):

@@ -15,7 +15,16 @@ from chargpt.attention import AbstractAttention, GroupedQueryAttention
 from chargpt.config import Activation, AttentionType, ModelConfig
 from chargpt.costs import count_parameters
 from chargpt.errors import ConfigError
-from chargpt.model import GPT, Block, FeedForward, drop, init_weights, make_norm, take_rows
+from chargpt.model import (
+    GPT,
+    Block,
+    FeedForward,
+    drop,
+    init_weights,
+    make_norm,
+    sum_rows,
+    take_rows,
+)
 
 VOCAB, SEQ_LEN = 11, 9
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 10])
@@ -209,6 +218,43 @@ def test_order_is_seen_only_through_positions(learned_positions):
         close(forward(zeros, TOKENS), forward(none, TOKENS))
 
 
+def test_an_ngram_embedding_adds_a_vector_for_each_earlier_token():
+    """In sequences of their own; nothing for tokens before the first."""
+    model, plain = make("ngram=3"), make()
+    assert model.ngram_embedding.shape == (2 * VOCAB, 16)
+    tables = np.asarray(model.ngram_embedding).reshape(2, VOCAB, 16)
+    tokens = np.stack([TOKENS, TOKENS[::-1]])
+    expected = np.asarray(plain.embedding)[tokens]
+    for sequence, position in np.ndindex(*tokens.shape):
+        for before in (1, 2):
+            if position >= before:
+                expected[sequence, position] += tables[
+                    before - 1, tokens[sequence, position - before]
+                ]
+    close(model._embed(jnp.asarray(tokens), jnp.arange(SEQ_LEN)), expected.reshape(-1, 16))
+    close(run_batch(model, tokens), eqx.filter_jit(GPT.batch)(model, jnp.asarray(tokens)))
+
+
+def test_an_ngram_embedding_begins_at_zero_so_that_runs_with_it_are_pairs_with_those_without():
+    def build(option: str) -> GPT:
+        return GPT(model_config(option), VOCAB, SEQ_LEN, key=jax.random.key(0))
+
+    with_it, without = map(eqx.filter_jit(build), ("ngram=4", "ngram=1"))
+    assert with_it.ngram_embedding.shape == (3 * VOCAB, 16) and not with_it.ngram_embedding.any()
+    assert eqx.tree_equal(eqx.tree_at(lambda model: model.ngram_embedding, with_it, None), without)
+
+
+def test_a_new_text_in_a_used_cache_does_not_see_the_last_tokens_of_the_text_before():
+    model = make("ngram=3")
+    _, used = decode(model, TOKENS, model.init_cache(SEQ_LEN), 0)
+    fresh = model.init_cache(SEQ_LEN)
+    for position in range(3):
+        token = TOKENS[position : position + 1]
+        again, used = decode(model, token, used, position)
+        expected, fresh = decode(model, token, fresh, position)
+        close(again, expected)
+
+
 @pytest.mark.parametrize("mha_type", ["standard", "gqa", "mqa"])
 def test_qk_norm_changes_the_model_and_has_its_own_weights(mha_type):
     bare, normed = make(f"mha_type={mha_type}"), make(f"mha_type={mha_type}", "qk_norm=true")
@@ -272,6 +318,7 @@ def test_decode_equals_the_forward_pass(mha_type, positions):
         ("norm=layernorm", "tie_embeddings=true"),
         ("qk_norm=true",),
         ("residual_scale=0.5", "logit_softcap=1"),
+        ("ngram=3",),
     ],
 )
 def test_decode_equals_the_forward_pass_however_the_block_is_built(overrides):
@@ -529,3 +576,12 @@ def test_a_match_that_no_feed_forward_layer_can_pay_for_is_refused():
         ConfigError, match=r"^model.match=params: selective attention has .* write a larger one"
     ):
         shapes("model.mha_type=selective", "model.match=params", "model.d_ff=4")
+
+
+@pytest.mark.parametrize("rows", [65, 600])
+def test_sums_of_rows_skip_indices_below_zero(rows):
+    table = np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32)
+    indices = np.array([[0, rows - 1, 3], [-1, 2, 2], [-1, -1, -1]])
+    expected = [[table[i] for i in line if i >= 0] for line in indices]
+    found = sum_rows(jnp.asarray(table), jnp.asarray(indices))
+    close(found, [np.sum(line, axis=0) if line else np.zeros(8) for line in expected])

@@ -383,6 +383,7 @@ OPTIONS = {
     "output_gate": ["none", "head", "element"],
     "sink": ["none", "learned", "zero"],
     "positions": [None, "rope", "sinusoidal", "learned", "alibi", "none"],
+    "ngram": [1, 3],
     "qk_norm": [False, True],
     "norm_position": ["pre", "post"],
     "match": ["none", "params"],

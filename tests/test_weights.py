@@ -93,7 +93,7 @@ def test_export_and_import_restore_every_weight_bit_for_bit(
     "overrides",
     [
         ("model.tie_embeddings=true",),
-        ("model.rope=false", "model.learned_positions=true"),
+        ("model.rope=false", "model.learned_positions=true", "model.ngram=3"),
         ("model.qk_norm=true", "model.mha_type=gqa"),
         ("model.activation=swiglu", "model.num_layers=1"),
         ("model.norm=layernorm", "model.norm_position=post", "model.dropout=0.1"),

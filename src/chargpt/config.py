@@ -174,6 +174,7 @@ class ModelConfig(Group):
     rope: bool = fixed()
     rope_theta: float = fixed(within=POSITIVE)
     learned_positions: bool = fixed(False)
+    ngram: int = fixed(1, least=1)
     window: int | None = fixed(None, least=1)
     window_pattern: str | None = fixed(None)
     output_gate: OutputGate = fixed("none")
@@ -425,6 +426,9 @@ class Config:
         counted = steps * self.trainer.batch_size < 2**31
         random = self.dataset.sampling is Sampling.random
         require(random or counted, f"dataset.sampling=epochs: {rule}")
+        ngram, seq_len = self.model.ngram, self.dataset.seq_len
+        rule = f"must be at most dataset.seq_len={seq_len}"
+        require(ngram <= seq_len, f"model.ngram={ngram}: {rule}")
         self._check_devices()
 
     def _check_devices(self) -> None:

@@ -20,6 +20,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
     parts = {
         "token embedding": model.embedding,
         "position embedding": model.position_embedding,
+        "n-gram embedding": model.ngram_embedding,
         f"attention, {layers}": (blocks.attention, blocks.modifiers),
         f"feed-forward, {layers}": blocks.feed_forward,
         "norms": (blocks.attention_norm, blocks.feed_forward_norm, model.final_norm),
@@ -51,7 +52,7 @@ def kv_cache_bytes(model: GPT, dtype: Any, seq_len: int) -> int:
     static = eqx.filter(model, is_parameter, inverse=True)
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), arrays)
     cache = eqx.filter_eval_shape(
-        lambda arrays: eqx.combine(arrays, static).init_cache(seq_len), narrow
+        lambda arrays: eqx.combine(arrays, static).init_cache(seq_len)[: model.num_layers], narrow
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
@@ -59,14 +60,15 @@ def kv_cache_bytes(model: GPT, dtype: Any, seq_len: int) -> int:
 def flops_per_token(model: GPT, seq_len: int) -> float:
     """Operations of a training step per token: 6 N + 6 (score width + value width) · t per layer.
 
-    Floating-point, forward and backward. N counts the parameters that multiply (positions and an
-    untied embedding are looked up); the attention type declares the widths, of all heads together:
-    12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B); of t at most the
-    window. The causal half that a fused kernel skips is counted; of experts, those that a token is
-    given.
+    Floating-point, forward and backward. N counts the parameters that multiply (positions, n-grams
+    and an untied embedding are looked up); the attention type declares the widths, of all heads
+    together: 12 L · width · t if the two are equal (PaLM, arXiv 2204.02311, appendix B); of t at
+    most the window. The causal half that a fused kernel skips is counted; of experts, those that a
+    token is given.
     """
     parts = count_parameters(model)
-    unused = parts.get("position embedding", 0) + idle_parameters(model)
+    unused = sum(parts.get(f"{what} embedding", 0) for what in ("position", "n-gram"))
+    unused += idle_parameters(model)
     unused += parts["token embedding"] if model.head else 0
     widths = sum(model.stacked.attention.widths)
     read = sum(min(seq_len, window or seq_len) for window in model.windows)

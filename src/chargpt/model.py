@@ -176,6 +176,7 @@ class GPT(eqx.Module):
 
     embedding: Float[Array, "vocab m"]
     position_embedding: Float[Array, "max_seq_len m"] | None
+    ngram_embedding: Float[Array, "before_vocab m"] | None  # of earlier tokens, nearest first
     blocks: Block | tuple[Block, ...]
     final_norm: NormLayer | None
     head: eqx.nn.Linear | None
@@ -196,6 +197,9 @@ class GPT(eqx.Module):
         if config.has_learned_positions:
             table = jax.random.normal(position_key, (max_seq_len, config.d_model))
             self.position_embedding = INIT_STD * table
+        self.ngram_embedding = None
+        if config.ngram > 1:  # zeros, so that runs with and without it are pairs
+            self.ngram_embedding = jnp.zeros(((config.ngram - 1) * vocab_size, config.d_model))
         make_block = eqx.filter_vmap(lambda key: Block(config, key=key))
         blocks = make_block(jax.random.split(blocks_key, config.num_layers))
         residual_std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.num_layers)
@@ -229,9 +233,7 @@ class GPT(eqx.Module):
         """`batch`, and what each layer's router did, if there are experts."""
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
         sequences, length = tokens.shape
-        x = take_rows(self.embedding, tokens.reshape(-1))
-        if (positions := self._position_vectors(jnp.arange(length))) is not None:
-            x = x + jnp.tile(positions, (sequences, 1))
+        x = self._embed(tokens, jnp.arange(length))
         x = drop(x, self.dropout, embed_key)
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.num_layers)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
@@ -285,7 +287,7 @@ class GPT(eqx.Module):
         self, ask: Callable[[Block, Stream, int | None], Array | None], tokens: Tokens
     ) -> Array | None:
         """Every layer's answer about its input, [layers, ...]; None if one has none."""
-        x = self._embed(tokens, jnp.arange(tokens.shape[0]))
+        x = self._embed(tokens[None], jnp.arange(tokens.shape[0]))
         answers = []
         for block, window in zip(self.layers(), self.windows, strict=True):
             if (answer := ask(block, x, window)) is None:
@@ -309,24 +311,58 @@ class GPT(eqx.Module):
         return eqx.tree_at(lambda model: model.blocks, self, self.layers())
 
     def init_cache(self, max_seq_len: int) -> tuple[PyTree, ...]:
-        """Every layer's empty KV cache."""
+        """Every layer's empty KV cache, and the last tokens, if an embedding is made of several."""
         layers = zip(self.layers(), self.windows, strict=True)
-        return tuple(block.attention.init_cache(max_seq_len, window) for block, window in layers)
+        caches = [block.attention.init_cache(max_seq_len, window) for block, window in layers]
+        earlier = [jnp.zeros(self._before, jnp.int32)] if self._before else []
+        return tuple(caches + earlier)
 
     def decode(
         self, tokens: Tokens, cache: tuple[PyTree, ...], position: Position
     ) -> tuple[Logits, tuple[PyTree, ...]]:
         """Logits of `t` more tokens, the first at `position`, and the cache with their entries."""
-        x = self._embed(tokens, position + jnp.arange(tokens.shape[0]))
+        caches, earlier = cache[: self.num_layers], cache[self.num_layers :]
+        positions = position + jnp.arange(tokens.shape[0])
+        x = self._embed(tokens[None], positions, *(last[None] for last in earlier))
         new_cache = []
-        for block, entries, window in zip(self.layers(), cache, self.windows, strict=True):
+        for block, entries, window in zip(self.layers(), caches, self.windows, strict=True):
             x, entries = block.decode(x, entries, position, window)
             new_cache.append(entries)
+        new_cache += [jnp.concatenate([last, tokens])[-len(last) :] for last in earlier]
         return self._logits(x), tuple(new_cache)
 
-    def _embed(self, tokens: Tokens, positions: Tokens) -> Stream:
-        x, vectors = take_rows(self.embedding, tokens), self._position_vectors(positions)
-        return x if vectors is None else x + vectors
+    @property
+    def _before(self) -> int:
+        """How many tokens before its own an embedding is made of."""
+        table = self.ngram_embedding
+        return 0 if table is None else table.shape[-2] // self.embedding.shape[-2]
+
+    def _embed(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, " t"],
+        earlier: Int[Array, "b before"] | None = None,
+    ) -> Float[Array, "bt m"]:
+        """Vectors of tokens at `positions`, one sequence after another; `earlier` precede them.
+
+        A token before position 0 does not exist, whatever `earlier` says.
+        """
+        sequences, length = tokens.shape
+        x = take_rows(self.embedding, tokens.reshape(-1))
+        if self.ngram_embedding is not None:
+            number, vocab = self._before, self.embedding.shape[0]
+            line = jnp.pad(tokens, ((0, 0), (number, 0)))
+            if earlier is not None:
+                line = jnp.concatenate([earlier, tokens], axis=1)
+            distances = range(1, number + 1)
+            rows = [
+                jnp.where(positions >= i, (i - 1) * vocab + line[:, number - i :][:, :length], -1)
+                for i in distances
+            ]
+            x = x + sum_rows(self.ngram_embedding, jnp.stack(rows, axis=-1).reshape(-1, number))
+        if (vectors := self._position_vectors(positions)) is not None:
+            x = x + jnp.tile(vectors, (sequences, 1))
+        return x
 
     def _position_vectors(self, positions: Tokens) -> Stream | None:
         """What is added to the embeddings of tokens at `positions`, if anything is."""
@@ -367,6 +403,14 @@ def take_rows(table: Float[Array, "rows m"], indices: Tokens) -> Stream:
         return table[indices]
     one_hot = jax.nn.one_hot(indices, table.shape[0], dtype=table.dtype)
     return jnp.matmul(one_hot, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def sum_rows(table: Float[Array, "rows m"], indices: Int[Array, "t n"]) -> Stream:
+    """The sum of n rows of a table for every token; an index below 0 is none. As `take_rows`."""
+    if table.shape[0] > 512:
+        return jnp.where(indices[..., None] < 0, 0, table[indices]).sum(axis=1)
+    counts = jax.nn.one_hot(indices, table.shape[0], dtype=table.dtype).sum(axis=1)
+    return jnp.matmul(counts, table, precision=jax.lax.Precision.HIGHEST)
 
 
 def is_linear(node: Any) -> bool:

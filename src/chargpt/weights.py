@@ -40,6 +40,7 @@ FLOATS = ("F32", "F16", "BF16")  # numpy knows the last one once JAX is imported
 NAMES = {
     "embedding": "model.embed_tokens.weight",
     "position_embedding": "model.embed_positions.weight",
+    "ngram_embedding": "model.embed_ngrams.weight",
     "final_norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }

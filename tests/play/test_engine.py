@@ -42,7 +42,7 @@ def test_texts_in_one_batch_are_those_of_chargpt_sample(mha_type: AttentionType)
 
     With a layer that keeps a window and one that keeps all, if the type has windows.
     """
-    windows = ["model.num_layers=2", "model.window=5", "model.window_pattern=LG"]
+    windows = ["model.num_layers=2", "model.window=5", "model.window_pattern=LG", "model.ngram=3"]
     refused = "window" in layer_of(mha_type).refuses
     player = make_player(mha_type.name, *([] if refused else windows))
     long = "a bad cafe, and more of it than the model can read at once."

@@ -444,7 +444,7 @@ def test_the_figure_for_documents_is_the_one_asked_for(
     make_run(tmp_path / "b", "model.mha_type=mla", "model.mla.kv_lora_rank=16")
     assert run_tool(capsys, str(tmp_path), f"figure={drawing}")[0] == 0
     height, _, _ = imread(tmp_path / "comparison.png").shape
-    assert height == {Drawing.costs: 832, Drawing.cache: 676}[drawing]
+    assert height == {"costs": 832, "cache": 676, "paired": 171}[drawing]
     assert "What the cache buys" in (tmp_path / "comparison.html").read_text()
 
 

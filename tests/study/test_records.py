@@ -93,5 +93,6 @@ def test_the_metrics_of_a_run_name_the_run(tmp_path: Path) -> None:
     (record,) = read_records([str(run / "metrics.jsonl")])
     assert record.path == run
     (kept,) = map(json.loads, to_jsonl([record]).splitlines())
+    assert [line.pop("train/grad_norm") for line in record.evaluations] == [0.5] * 3
     assert kept["evaluations"] == record.evaluations != record.metrics
     assert dataclasses.asdict(record.config)["seed"] == kept["config"]["seed"]

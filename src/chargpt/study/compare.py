@@ -25,7 +25,12 @@ from chargpt.study.records import ENDING, read_records, to_jsonl
 WIDTH = 100
 
 
-Drawing = StrEnum("Drawing", ["costs", "cache"])
+class Drawing(StrEnum):
+    """What the figure for documents shows: loss against costs, or the cache; the differences."""
+
+    costs = "costs"
+    cache = "cache"
+    paired = "paired"
 
 
 @dataclasses.dataclass
@@ -235,7 +240,11 @@ def write(
 ) -> list[Path]:
     """Page, Markdown, CSV, the figure for documents, records of the runs: `out` with an ending."""
     arms, about = result.arms, subtitle(result.arms)
-    draw = {Drawing.costs: figures.tradeoffs, Drawing.cache: figures.frontier}[drawing]
+    draw = {
+        Drawing.costs: figures.tradeoffs,
+        Drawing.cache: figures.frontier,
+        Drawing.paired: figures.paired_differences,
+    }[drawing]
     markdown = f"# {title}\n\n{about}\n\n{to_markdown(arms)}\n{EXPLANATION}\n"
     contents = {
         ".html": page.render(title, about, blocks(result)),

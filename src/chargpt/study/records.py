@@ -13,6 +13,7 @@ from chargpt.errors import ConfigError, one_line, require
 from chargpt.run.directory import Record, find_runs, is_line, read_run
 
 ENDING = ".jsonl"
+KEPT = ("trainer/", "train/loss", "val/")  # of each evaluation
 
 
 def to_jsonl(records: Iterable[Record]) -> str:
@@ -21,7 +22,10 @@ def to_jsonl(records: Iterable[Record]) -> str:
         {
             "config": to_plain(record.config),
             "summary": record.summary,
-            "evaluations": record.evaluations,
+            "evaluations": [
+                {name: value for name, value in line.items() if name.startswith(KEPT)}
+                for line in record.evaluations
+            ],
             "sample": record.sample,
         }
         for record in records
