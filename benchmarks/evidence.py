@@ -66,11 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     decoding = speeds(dict(writers), batch * (seq_len - 1), rounds)
     print(f"{machine()}, {jax.device_count()} devices; {numbers}")
     print(f"{' '.join(overrides)}\n")
-    print(
-        "| type | cache, bytes per token | training, tokens/s | of the first | memory, MB |", end=""
-    )
-    print(" decoding, tokens/s | of the first |")
-    print(7 * "|---" + "|")
+    columns = ["type", "cache, bytes per token", "training, tokens/s", "of the first"]
+    columns += ["memory, MB", "decoding, tokens/s", "of the first"]
+    print(f"| {' | '.join(columns)} |\n{len(columns) * '|---'}|")
     for name, arm in steps.items():
         cells = []
         for found in (training, decoding):

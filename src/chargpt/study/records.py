@@ -35,11 +35,13 @@ def to_jsonl(records: Iterable[Record]) -> str:
 
 def read_records(places: Sequence[str]) -> list[Record]:
     """The runs in `places`: those of `find_runs`, and files that `to_jsonl` made."""
-    found: list[Record] = []
+    found: dict[Path, Record] = {}
     for place in places:
         is_kept = place.endswith(ENDING) and Path(place).name != "metrics.jsonl"
-        found += read_jsonl(Path(place)) if is_kept else map(read_run, find_runs([place]))
-    return list({record.path.resolve(): record for record in found}.values())
+        here = read_jsonl(Path(place)) if is_kept else list(map(read_run, find_runs([place])))
+        for record in here:
+            found.setdefault(record.path.resolve(), record)
+    return list(found.values())
 
 
 def read_jsonl(path: Path) -> list[Record]:
