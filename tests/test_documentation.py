@@ -124,6 +124,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     runs = sorted((ROOT / "tests" / "runs").iterdir())[-1]  # the newest version
     shutil.copytree(runs / "standard", "outputs/2026-01-01/12-00-00_standard")
     shutil.copytree(runs / "mla", "multirun/sweep/0_mla")
+    for kept in (ROOT / "docs" / "evidence").glob("*.jsonl"):  # two runs of each are enough
+        here = Path("docs/evidence") / kept.name
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.write_text("".join(kept.read_text().splitlines(keepends=True)[:2]))
     for name in ("my.txt", "other.txt"):
         Path(name).write_text("To be, or not to be, that is the question:\n" * 20)
     for path in (CONFIGS / "search").glob("*.yaml"):

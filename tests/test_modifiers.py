@@ -348,7 +348,7 @@ def test_sinusoidal_positions_are_those_of_the_paper():
             assert table[p, i] == pytest.approx(np.cos(angle) if i % 2 else np.sin(angle), abs=1e-5)
     model, plain = model_of("positions=sinusoidal"), model_of("positions=none")
     expected = plain.embedding[TOKENS] + 0.02 * np.sqrt(2) * sinusoidal(jnp.arange(9), 16)
-    close(model._embed(TOKENS, jnp.arange(9)), expected)
+    close(model._embed(TOKENS[None], jnp.arange(9)), expected)
     assert np.abs(score(model, TOKENS) - score(plain, TOKENS)).max() > 1e-3
 
 

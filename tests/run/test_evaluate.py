@@ -22,7 +22,7 @@ def test_entropies_are_those_of_the_weights_of_every_layer(mha_type: AttentionTy
     weights = eqx.filter_jit(lambda text: jax.vmap(model.attention_weights)(text))(text)
     found = eqx.filter_jit(attention_entropy)(model, text)
     first = model.layers()[0]
-    x = jax.vmap(first.attention_norm)(model._embed(text[1], jnp.arange(5)))
+    x = jax.vmap(first.attention_norm)(model._embed(text[1][None], jnp.arange(5)))
     expected = eqx.filter_jit(first.attention.attention_weights)(x)
     if expected is None:
         assert weights is None and found is None
