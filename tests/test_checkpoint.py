@@ -1050,7 +1050,7 @@ def child_full_disk(run_dir: str, largest: int) -> None:
     """Try to save while no file may pass `largest` bytes, then save with room; report both."""
     said: list[str] = []
     recorder = make_recorder(Path(run_dir), said)
-    last, run = recorder.checkpoint_path("last"), recorder.run
+    last, run = checkpoint.file_of(recorder.run_dir, "last"), recorder.run
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = last.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))

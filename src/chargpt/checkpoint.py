@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class CheckpointError(ConfigError):
         super().__init__(one_line(text)[:MAX_REASON])  # it may quote a stranger's names
 
 
-class Which(Enum):
+class Which(StrEnum):
     """The checkpoints that a person chooses between."""
 
     best = "best"
@@ -237,5 +237,6 @@ def find_run(run: str | None, which: Which) -> Path:
     return Path(run)
 
 
-def file_of(run_dir: Path, which: Which) -> Path:
-    return run_dir / "checkpoints" / f"{which.name}.eqx"
+def file_of(run_dir: Path, name: str) -> Path:
+    """The file of a run's checkpoint: best, last, or previous, the last one before."""
+    return run_dir / "checkpoints" / f"{name}.eqx"

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from chargpt.attention import abstract, filled_in
-from chargpt.checkpoint import CheckpointError, Which, describe_leaves, open_run, read_header
+from chargpt.checkpoint import (
+    CheckpointError,
+    Which,
+    describe_leaves,
+    file_of,
+    open_run,
+    read_header,
+)
 from chargpt.config import Config, ModelConfig, changes, spell
 from chargpt.corpus import Corpus, load_corpus
 from chargpt.errors import ConfigError, note, require
@@ -39,7 +46,7 @@ def read_origin(path: str) -> Origin:
     """
     name, file = f"init_from={path}", Path(path)
     if not file.is_file():
-        file /= f"checkpoints/{Which.best.name}.eqx"
+        file = file_of(file, Which.best)
         require(file.is_file(), f"{name}: is neither a run directory nor a safetensors file")
         try:
             header = read_header(file)[0]

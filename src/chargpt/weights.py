@@ -216,7 +216,7 @@ def write_run(run_dir: Path, header: checkpoint.Header, model: GPT) -> None:
     try:
         (run_dir / "checkpoints").mkdir(parents=True)
         for which in Which:
-            checkpoint.save(run_dir / "checkpoints" / f"{which.name}.eqx", state, header)
+            checkpoint.save(checkpoint.file_of(run_dir, which), state, header)
         write_durably(run_dir / "config.yaml", to_yaml(header.config).encode())
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written ({error.strerror})") from None

@@ -22,6 +22,7 @@ from test_checkpoint import (
 from test_process import hold_lock
 
 from chargpt import checkpoint
+from chargpt.checkpoint import file_of
 from chargpt.config import AttentionType, Config, Mode, settings_of
 from chargpt.corpus import load_corpus
 from chargpt.errors import ConfigError
@@ -51,10 +52,6 @@ def write_checkpoint(run_dir: Path, name: str, config: Config, step: int, **chan
     header = make_header(config, step=step, **changes)
     state = random_state(config, vocabulary=header.vocabulary)
     checkpoint.save(file_of(run_dir, name), at_step(state, step), header)
-
-
-def file_of(run_dir: Path, name: str) -> Path:
-    return run_dir / "checkpoints" / f"{name}.eqx"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

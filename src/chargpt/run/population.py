@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from chargpt.checkpoint import read_header
+from chargpt.checkpoint import file_of, read_header
 from chargpt.config import Config, options, settings_of
 from chargpt.corpus import Corpus
 from chargpt.errors import ConfigError, note, require
@@ -113,7 +113,7 @@ class Corpora:
         """The corpus of the run in `run_dir`; ConfigError if there is none."""
         text = f"{config.dataset} {config.init_from}"
         if text not in self._known:
-            last = run_dir / "checkpoints" / "last.eqx"
+            last = file_of(run_dir, "last")
             begun = config.init_from is not None and last.exists()
             self._known[text] = load_text(
                 config, read_header(last)[0].vocabulary if begun else None

@@ -96,16 +96,13 @@ class Recorder(Follower):
         for name in report.saves:
             self._save(name)
 
-    def checkpoint_path(self, name: str) -> Path:
-        return self.run_dir / "checkpoints" / f"{name}.eqx"
-
     def _save(self, name: str) -> None:
         """Write checkpoints/NAME.eqx; if the disk refuses, say so and keep the old one."""
-        path = self.checkpoint_path(name)
+        path = checkpoint.file_of(self.run_dir, name)
         data = self._dump(self._header())
         try:
             if name == "last" and path.exists():
-                checkpoint.keep_as(path, self.checkpoint_path("previous"))
+                checkpoint.keep_as(path, checkpoint.file_of(self.run_dir, "previous"))
             checkpoint.write(path, data)
             self.unsaved = None
         except OSError as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chargpt.checkpoint import CheckpointError, Header, load
+from chargpt.checkpoint import CheckpointError, Header, file_of, load
 from chargpt.compose import change, read_overrides
 from chargpt.config import Config, Schedule, changes, options
 from chargpt.corpus import Corpus
@@ -51,7 +51,7 @@ def load_newest(run_dir: Path, say: Callable[[str], None]) -> tuple[TrainState, 
 
     ConfigError if all are damaged.
     """
-    paths = [run_dir / "checkpoints" / f"{name}.eqx" for name in CHECKPOINTS]
+    paths = [file_of(run_dir, name) for name in CHECKPOINTS]
     damaged = []
     for path in filter(Path.exists, paths):
         try:

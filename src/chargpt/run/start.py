@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from chargpt.checkpoint import file_of
 from chargpt.compose import read_overrides
 from chargpt.config import Config, DistributedConfig
 from chargpt.errors import RunFailed, note, require
@@ -155,7 +156,7 @@ def gives_up(watch: Watch | None, run: Run, report: Report) -> bool:
 def not_finite(recorder: Follower, run_dir: Path, error: NotFinite) -> RunFailed:
     """End the records of a run that diverged; what to raise."""
     recorder.fail(error)
-    last = run_dir / "checkpoints" / "last.eqx"
+    last = file_of(run_dir, "last")
     kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
     return RunFailed(f"{error}; {kept}; {ADVICE}")
 
