@@ -20,7 +20,7 @@ import jax
 from decode import chargpt_arm
 from peers import VOCABULARY
 from population import Arm
-from train import machine
+from train import machine, read_sizes
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
@@ -44,13 +44,10 @@ def speeds(arms: dict[str, Callable[[], Any]], tokens: int, rounds: int) -> dict
 
 
 def main(arguments: Sequence[str]) -> None:
-    numbers, overrides = {"rounds": 9, "batch": 1}, list(EXPERIMENT)
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in numbers:
-            numbers[name] = int(value)
-        else:
-            overrides.append(argument)
+    numbers = {"rounds": 9, "batch": 1}
+    own = [argument for argument in arguments if argument.partition("=")[0] in numbers]
+    numbers = read_sizes(own, numbers)
+    overrides = [*EXPERIMENT, *(argument for argument in arguments if argument not in own)]
     rounds, batch = numbers["rounds"], numbers["batch"]
     offer_cpu_devices()
     jax.config.update("jax_enable_compilation_cache", False)

@@ -26,6 +26,7 @@ Tokens = Int[Array, " t"]
 Logits = Float[Array, "t vocab"]
 
 
+FEW_ROWS = 512  # of a table: its rows are taken by a product
 INIT_STD = 0.02  # GPT-2's; projections onto the residual stream take 1/sqrt(2 num_layers) of it
 POSITION_SCALE = math.sqrt(2) * INIT_STD  # sinusoidal positions are as large as embeddings then
 
@@ -351,14 +352,13 @@ class GPT(eqx.Module):
         x = take_rows(self.embedding, tokens.reshape(-1))
         if self.ngram_embedding is not None:
             number, vocab = self._before, self.embedding.shape[0]
-            line = jnp.pad(tokens, ((0, 0), (number, 0)))
-            if earlier is not None:
-                line = jnp.concatenate([earlier, tokens], axis=1)
-            distances = range(1, number + 1)
-            rows = [
-                jnp.where(positions >= i, (i - 1) * vocab + line[:, number - i :][:, :length], -1)
-                for i in distances
-            ]
+            if earlier is None:
+                earlier = jnp.zeros((sequences, number), tokens.dtype)
+            line = jnp.concatenate([earlier, tokens], axis=1)
+            rows = []
+            for i in range(1, number + 1):
+                before = line[:, number - i : number - i + length]
+                rows.append(jnp.where(positions >= i, (i - 1) * vocab + before, -1))
             x = x + sum_rows(self.ngram_embedding, jnp.stack(rows, axis=-1).reshape(-1, number))
         if (vectors := self._position_vectors(positions)) is not None:
             x = x + jnp.tile(vectors, (sequences, 1))
@@ -399,7 +399,7 @@ def take_rows(table: Float[Array, "rows m"], indices: Tokens) -> Stream:
     The gradient of a gather is a scatter-add in which all tokens of a batch contend for the rows:
     on a GPU, with 65 rows, this takes milliseconds.
     """
-    if table.shape[0] > 512:
+    if table.shape[0] > FEW_ROWS:
         return table[indices]
     one_hot = jax.nn.one_hot(indices, table.shape[0], dtype=table.dtype)
     return jnp.matmul(one_hot, table, precision=jax.lax.Precision.HIGHEST)
@@ -407,7 +407,7 @@ def take_rows(table: Float[Array, "rows m"], indices: Tokens) -> Stream:
 
 def sum_rows(table: Float[Array, "rows m"], indices: Int[Array, "t n"]) -> Stream:
     """The sum of n rows of a table for every token; an index below 0 is none. As `take_rows`."""
-    if table.shape[0] > 512:
+    if table.shape[0] > FEW_ROWS:
         return jnp.where(indices[..., None] < 0, 0, table[indices]).sum(axis=1)
     counts = jax.nn.one_hot(indices, table.shape[0], dtype=table.dtype).sum(axis=1)
     return jnp.matmul(counts, table, precision=jax.lax.Precision.HIGHEST)

@@ -307,8 +307,7 @@ def gradient_norms(grads: GPT) -> dict[str, Float[Array, ""]]:
     blocks = grads.stacked
     attention = norm(blocks.attention, blocks.modifiers, blocks.attention_norm, per_layer=1)
     feed_forward = norm(blocks.feed_forward, blocks.feed_forward_norm, per_layer=1)
-    tables = grads.embedding, grads.position_embedding, grads.ngram_embedding
-    norms = {"embedding": norm(*tables)}
+    norms = {"embedding": norm(grads.embedding, grads.position_embedding, grads.ngram_embedding)}
     norms |= {f"attention_{layer}": part for layer, part in enumerate(attention)}
     norms |= {f"feed_forward_{layer}": part for layer, part in enumerate(feed_forward)}
     has_head = grads.final_norm is not None or grads.head is not None

@@ -176,16 +176,16 @@ def frontier(arms: Sequence[Arm], theme: Theme = PAPER) -> Figure:
     """
     figure, (axes,) = new_figure(theme, 5.2)
     for kind, points in by_cache(arms).items():
+        first = points[0][1]  # all arms of a type look like this one
         lowest: dict[float, float] = {}
-        colour = theme.style(points[0][1])["color"]
         for size, number, arm in points:
             loss = arm.estimate("best/val_loss")
             assert loss is not None  # of a finished run
             lowest[size] = min(loss.mean, lowest.get(size, loss.mean))
-            style = theme.points(points[0][1]) | dict(gid=f"arm-{number}", markersize=7)
+            style = theme.points(first) | dict(gid=f"arm-{number}", markersize=7)
             axes.errorbar(size, loss.mean, yerr=loss.spread, elinewidth=1.2, **style)
-        line: dict[str, Any] = dict(marker=marker(points[0][1]), markersize=7, linewidth=1.8)
-        axes.plot(list(lowest), list(lowest.values()), color=colour, label=kind, **line)
+        line = theme.style(first) | dict(gid=None, marker=marker(first), markersize=7)
+        axes.plot(list(lowest), list(lowest.values()), linewidth=1.8, label=kind, **line)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="bytes of KV cache per token (better: left)", ylabel="best validation loss")
