@@ -22,7 +22,7 @@ from chargpt.config import options, spell
 from chargpt.errors import ConfigError, RunFailed
 from chargpt.run import start
 from chargpt.run.directory import read_run, write_config
-from chargpt.study import search
+from chargpt.study import trials
 from chargpt.study.space import Parameter, Space, read_space, to_wandb_sweep
 
 optuna = pytest.importorskip("optuna")
@@ -185,13 +185,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def trials(folder: Path) -> list[Any]:
+def all_trials(folder: Path) -> list[Any]:
     url = f"sqlite:///{folder / 'study.db'}"
     return optuna.load_study(study_name="space", storage=url).trials
 
 
 def states(folder: Path) -> list[str]:
-    return [trial.state.name for trial in trials(folder)]
+    return [trial.state.name for trial in all_trials(folder)]
 
 
 def test_a_study_finds_the_good_region_ends_poor_trials_early_and_continues_to_more(
@@ -228,7 +228,7 @@ def test_trials_that_train_at_once_make_room_for_the_next_and_take_turns_by_prog
     folder = tmp_path / "study"
     arguments = ["search", f"space={write(tmp_path, space)}", f"out={folder}", "seed=0"]
     assert cli.run_tool([*arguments, "members=3", "num_trials=9"]) == 0
-    found = trials(folder)
+    found = all_trials(folder)
     assert len(found) == 9
     assert {trial.params["model.num_heads"] for trial in found} == {1, 2}
     out = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_with_a_seed_a_study_in_two_halves_asks_what_it_would_have_asked_at_once
         command = ["search", f"space={write(tmp_path, SPACE)}", f"out={tmp_path / name}", "seed=3"]
         for number in halves:
             assert cli.run_tool([*command, f"num_trials={number}"]) == 0
-        asked[name] = [tuple(trial.params.values()) for trial in trials(tmp_path / name)]
+        asked[name] = [tuple(trial.params.values()) for trial in all_trials(tmp_path / name)]
     assert asked["at once"] == asked["halves"] and len(set(asked["halves"])) == 4
 
 
@@ -300,18 +300,17 @@ def test_a_trial_that_was_killed_resumes_and_one_that_fails_is_counted(
 def test_a_trial_that_ends_while_another_process_looks_is_not_claimed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = search.SearchOptions(space=str(write(tmp_path, SPACE)), num_trials=1)
-    study = search.open_study(tmp_path, read_space(Path(options.space)))
+    study = trials.open_study(tmp_path, read_space(write(tmp_path, SPACE)))
     study.ask()
 
     def try_lock(path: Path) -> object:
         study.tell(0, 1.0)  # by its process, and only then the lock is free
         return original(path)
 
-    original = search.try_lock
-    monkeypatch.setattr(search, "try_lock", try_lock)
-    assert search.claim(study, options, tmp_path) is None
-    with original(search.working(tmp_path, "0")):  # it has been released
+    original = trials.try_lock
+    monkeypatch.setattr(trials, "try_lock", try_lock)
+    assert trials.claim(study, tmp_path, num_trials=1, seed=None) is None
+    with original(trials.working(tmp_path, "0")):  # it has been released
         pass
 
 
