@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -567,6 +567,11 @@ def spell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     return value.name if isinstance(value, Enum) else str(value)
+
+
+def spelled(values: Mapping[str, Any]) -> list[str]:
+    """{dotted name: value} as the command line spells them."""
+    return [f"{name}={spell(value)}" for name, value in values.items()]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

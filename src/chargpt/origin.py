@@ -13,7 +13,7 @@ from chargpt.checkpoint import (
     open_run,
     read_header,
 )
-from chargpt.config import Config, ModelConfig, changes, spell
+from chargpt.config import Config, ModelConfig, changes, spelled
 from chargpt.corpus import Corpus, load_corpus
 from chargpt.errors import ConfigError, note, require
 from chargpt.model import GPT
@@ -96,7 +96,7 @@ def check_shapes(origin: Origin, found: GPT, wanted: GPT, config: Config) -> Non
 def spelled_otherwise(config: Config, other: Config) -> list[str]:
     """The options of the model of `config` that have another value in `other`."""
     changed = changes(config, other).items()
-    return [f"{name}={spell(own)}" for name, (own, _) in changed if of_model(name)]
+    return spelled({name: own for name, (own, _) in changed if of_model(name)})
 
 
 def of_model(name: str) -> bool:

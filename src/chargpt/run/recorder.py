@@ -7,7 +7,7 @@ from typing import Any
 
 from chargpt import checkpoint
 from chargpt.compose import command, quoted
-from chargpt.config import differences, spell
+from chargpt.config import differences, spelled
 from chargpt.files import write_durably
 from chargpt.model import feed_forward_width
 from chargpt.run.console import RunConsole
@@ -168,7 +168,7 @@ class Recorder(Follower):
 
     def _show_start(self) -> None:
         program, model, corpus = self.program, self.config.model, self.run.corpus
-        changed = [f"{name}={spell(value)}" for name, value in differences(self.config).items()]
+        changed = spelled(differences(self.config))
         apart = program.devices.apart
         shared = f"room for {program.members} members" if program.members else ""
         shared += f" on {apart} groups of devices, " if apart > 1 else ", " if shared else ""

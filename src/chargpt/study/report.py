@@ -14,13 +14,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from chargpt.compose import command
-from chargpt.config import spell
+from chargpt.config import spell, spelled
 from chargpt.run.directory import read_run
 from chargpt.study import page
 from chargpt.study.figures import WIDTH, to_png
 from chargpt.study.page import Cell
 from chargpt.study.space import Space
-from chargpt.study.trials import spelled, trial_folder
+from chargpt.study.trials import trial_folder
 
 SHOWN = 10  # trials in the terminal
 ENOUGH = 6  # finished trials, to say what mattered

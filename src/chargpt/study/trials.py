@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from chargpt.config import Config, spell
+from chargpt.config import Config, spelled
 from chargpt.errors import ConfigError, RunFailed, require
 from chargpt.run.process import lock
 from chargpt.study.space import Parameter, Space
@@ -162,7 +162,3 @@ def suggest(trial: Any, parameter: Parameter) -> Any:
     draw = trial.suggest_int if parameter.whole else trial.suggest_float
     step = parameter.step or (1 if parameter.whole else None)
     return draw(parameter.name, parameter.low, parameter.high, step=step, log=parameter.log)
-
-
-def spelled(values: dict[str, Any]) -> list[str]:
-    return [f"{name}={spell(value)}" for name, value in values.items()]
