@@ -336,7 +336,7 @@ def test_every_experiment_composes_with_every_attention_type_and_comes_back_from
 ):
     """An option that the type refuses is named, with the value that makes the experiment fit."""
     overrides = [f"experiment={experiment}", f"model.mha_type={mha_type.name}"]
-    model = make_config(overrides[0]).model
+    model = compose.compose((overrides[0],)).model
     for name, value in declined(dataclasses.replace(model, mha_type=mha_type)).items():
         assert f"; write model.{name}={spell(value)}" in refusal(*overrides)
         overrides.append(f"model.{name}={spell(value)}")
