@@ -6,10 +6,8 @@ Both are called per sequence under `jax.vmap`, as the model does. Rounds are int
 figure is the best one.
 """
 
-import time
-
 import jax
-from train import machine
+from common import in_turns, machine
 
 from chargpt.attention.kernel import CAUSAL, dot_product_attention
 
@@ -31,20 +29,16 @@ def main() -> None:
                 q, k, v, CAUSAL, scale=scale
             ),
         }
-        best = dict.fromkeys(kernels, float("inf"))
-        gradients = {
-            name: jax.jit(
-                jax.grad(
-                    lambda q, k, v, f=kernel, w=weight: (jax.vmap(f)(q, k, v) * w).sum(), (0, 1, 2)
-                )
-            )
-            for name, kernel in kernels.items()
-        }
-        for _ in range(ROUNDS):
-            for name, gradient in gradients.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(gradient(q, k, v))
-                best[name] = min(best[name], time.perf_counter() - begin)
+
+        def arm(kernel, weight=weight, qkv=(q, k, v)):
+            def total(*qkv):
+                return (jax.vmap(kernel)(*qkv) * weight).sum()
+
+            gradient = jax.jit(jax.grad(total, (0, 1, 2)))
+            return lambda: jax.block_until_ready(gradient(*qkv))
+
+        arms = {name: arm(kernel) for name, kernel in kernels.items()}
+        best = {name: min(found) for name, found in in_turns(arms, ROUNDS).items()}
         row = " | ".join(f"{1e3 * seconds:.1f}" for seconds in best.values())
         ratio = best["chargpt"] / best["jax.nn"]
         print(f"| {batch}, {tokens}, {heads}, {width} | {row} | {ratio:.2f} |")

@@ -18,8 +18,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import read_all
+from common import in_turns, machine, make_config
 from peers import VOCABULARY, torch_models
-from train import machine, make_config, read_sizes
 
 from chargpt.config import AttentionType, Config
 from chargpt.costs import count_parameters, kv_cache_bytes
@@ -100,12 +101,9 @@ def measure_bandwidth() -> float:
 
 
 def main(arguments: list[str]) -> None:
-    batches = [1, 64]
-    if arguments and arguments[-1].startswith("batches="):
-        batches = [int(number) for number in arguments.pop().removeprefix("batches=").split(",")]
-    sizes = read_sizes(
-        arguments, dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1, rounds=4)
-    )
+    defaults = dict(d_model=128, num_heads=4, num_layers=4, seq_len=64, batch_size=1)
+    sizes = read_all(arguments, **defaults, rounds=4, batches="1,64")
+    batches = [int(number) for number in sizes.pop("batches").split(",")]
     rounds, seq_len = sizes.pop("rounds"), sizes["seq_len"]
     models = {
         kind.name: init_state(make_config(sizes, kind), VOCABULARY, 0).model
@@ -120,14 +118,8 @@ def main(arguments: list[str]) -> None:
         }
         arms |= {name: chargpt_arm(model, batch, seq_len) for name, model in models.items()}
         arms |= torch_arms(make_config(sizes, AttentionType.standard), batch)
-        best = dict.fromkeys(arms, 0.0)
-        for run in arms.values():
-            run()  # compiles
-        for _ in range(rounds):
-            for name, run in arms.items():
-                begin = time.perf_counter()
-                tokens = run()
-                best[name] = max(best[name], tokens / (time.perf_counter() - begin))
+        tokens = {name: run() for name, run in arms.items()}
+        best = {name: tokens[name] / min(found) for name, found in in_turns(arms, rounds).items()}
         print(f"\nbatch {batch}\n| | tokens/s | of cacheless | of the memory floor |")
         print(4 * "|---" + "|")
         for name, speed in best.items():

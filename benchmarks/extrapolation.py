@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import machine
+from arguments import read
+from common import machine
 
 from chargpt.checkpoint import Which, open_run
 from chargpt.config import Config
@@ -44,10 +45,10 @@ def losses_of(run: Path) -> tuple[Config, dict[int, float]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    figures = [text.partition("=")[2] for text in arguments if text.startswith("figure=")]
+    chosen, places = read(arguments, figure="")
     found: dict[str, list[dict[int, float]]] = defaultdict(list)
     trained = set()
-    for run in find_runs([text for text in arguments if not text.startswith("figure=")]):
+    for run in find_runs(places):
         config, losses = losses_of(run)
         found[config.model.positions_name].append(losses)
         trained.add(config.dataset.seq_len)
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     axes.set_xlabel("context, characters (dotted: that of training)")
     axes.set_ylabel("validation loss, nats per character")
     axes.legend(frameon=False)
-    for path in figures:
-        Path(path).write_bytes(to_png(figure))
+    if chosen["figure"]:
+        Path(chosen["figure"]).write_bytes(to_png(figure))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from arguments import read_all
+
 ROOT = Path(__file__).parents[1]
 ON_GPU = {"JAX_PLATFORMS": "cuda"}
 TINY = "d_model=16 num_heads=2 num_layers=1 seq_len=16 batch_size=4 rounds=1 steps=1"
@@ -48,18 +50,8 @@ def parts(rehearse: bool, folder: Path) -> dict[str, tuple[list[str], float]]:
     return found
 
 
-def read(arguments: list[str]) -> dict[str, str]:
-    chosen = {"folder": "gpu-bench", "minutes": "9", "parts": "", "rehearse": "false"}
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name not in chosen:
-            sys.exit(f"error: {argument}: write {', '.join(f'{key}=…' for key in chosen)}")
-        chosen[name] = value
-    return chosen
-
-
 def main(arguments: list[str]) -> None:
-    chosen = read(arguments)
+    chosen = read_all(arguments, folder="gpu-bench", minutes="9", parts="", rehearse="false")
     rehearse = chosen["rehearse"] == "true"
     folder = Path(chosen["folder"]).resolve()
     found = parts(rehearse, folder)

@@ -13,16 +13,16 @@ is installed, is standard attention around its scaled_dot_product_attention, tim
 import importlib.util
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from arguments import read_all
+from common import in_turns, machine, make_config
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from train import machine, make_config
 
 from chargpt.attention import SelectiveAttention, make_attention
 from chargpt.attention.base import merge_heads
@@ -106,21 +106,11 @@ def measure_torch(tokens: int, width: int) -> tuple[float, float]:
 
 
 def fastest(step: Callable[[], None], tokens: int) -> float:
-    step()
-    best = float("inf")
-    for _ in range(4 if tokens < 2048 else 2):
-        begin = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - begin)
-    return best
+    return min(in_turns({"": step}, 4 if tokens < 2048 else 2)[""])
 
 
 def main(arguments: list[str]) -> None:
-    figure_path = "growth.png"
-    for argument in arguments:
-        name, _, figure_path = argument.partition("=")
-        if name != "figure" or not figure_path:
-            sys.exit(f"error: {argument}: write figure=PATH.png")
+    figure_path = read_all(arguments, figure="growth.png")["figure"]
     names = [*(kind.name for kind in AttentionType), "literal"]
     if importlib.util.find_spec("torch") is not None:
         names.append("PyTorch")

@@ -12,12 +12,12 @@ per token.
 
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
+from arguments import read
+from common import in_turns, machine, ratio
 from population import Arm
-from train import machine
 
 from chargpt.compose import compose
 from chargpt.errors import ConfigError
@@ -41,30 +41,17 @@ ARMS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    only = ""
-    numbers, overrides = (
-        {"rounds": 5, "steps": 10},
-        ["experiment=fast_cpu", "dataset.name=shakespeare"],
-    )
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in numbers:
-            numbers[name] = int(value)
-        elif name == "only":
-            only = value
-        elif name == "experiment":
-            overrides[0] = argument
-        else:
-            overrides.append(argument)
+    chosen, others = read(arguments, rounds=5, steps=10, only="", experiment="fast_cpu")
+    overrides = [f"experiment={chosen['experiment']}", "dataset.name=shakespeare", *others]
     offer_cpu_devices()
     jax.config.update("jax_enable_compilation_cache", False)
     seq_len = compose(tuple(overrides)).dataset.seq_len
     quarter = str(max(1, seq_len // 4))
-    print(f"{machine()}, {jax.device_count()} devices; {numbers['rounds']} rounds")
+    print(f"{machine()}, {jax.device_count()} devices; {chosen['rounds']} rounds")
     print(f"{' '.join(overrides)}, context {seq_len}\n")
     arms: dict[str, Arm] = {}
     for name, own in ARMS.items():
-        if name != "plain" and only not in name:
+        if name != "plain" and chosen["only"] not in name:
             continue
         own = tuple(override.replace("$quarter", quarter) for override in own)
         try:
@@ -72,24 +59,16 @@ def main(arguments: Sequence[str]) -> None:
         except ConfigError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        arms[name] = Arm([config], None, numbers["steps"])
-        arms[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(numbers["rounds"]):
-        for name, arm in arms.items():
-            arm()  # its arrays take the place of the last one's in the processor's caches
-            begin = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - begin)
+        arms[name] = Arm([config], None, chosen["steps"])
+    seconds = in_turns(arms, chosen["rounds"], warm=True)
     print("| model | ms a step | to plain | memory, MB | cache, bytes per token |")
     print(5 * "|---" + "|")
     for name, arm in arms.items():
-        pairs = zip(seconds[name], seconds["plain"], strict=True)
-        ratio = statistics.median(own / plain for own, plain in pairs)
-        step = 1e3 * statistics.median(seconds[name]) / numbers["steps"]
+        step = 1e3 * statistics.median(seconds[name]) / chosen["steps"]
         megabytes = (arm.program.memory_bytes or 0) * len(arm.program.devices) / 1e6
         cache = arm.program.cache_bytes / seq_len
-        print(f"| {name} | {step:.1f} | {ratio:.2f} | {megabytes:,.0f} | {cache:,.0f} |")
+        times = f"{step:.1f} | {ratio(seconds[name], seconds['plain']):.2f}"
+        print(f"| {name} | {times} | {megabytes:,.0f} | {cache:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ own threads. The last row is the whole step, and how much of it the parts explai
 """
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import read_all
+from common import in_turns, machine, make_config
 from peers import VOCABULARY
-from train import Arm, machine, make_config, read_sizes
+from train import Arm
 
 from chargpt.attention.base import projection
 from chargpt.attention.kernel import CAUSAL, dot_product_attention
@@ -182,9 +183,8 @@ def parts(sizes: dict[str, int], config: Any) -> dict[str, tuple[int, Callable, 
 
 
 def main(arguments: list[str]) -> None:
-    sizes = read_sizes(
-        arguments, dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5)
-    )
+    defaults = dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16)
+    sizes = read_all(arguments, **defaults, rounds=5)
     rounds = sizes.pop("rounds")
     offer_cpu_devices()
     config = make_config(sizes, AttentionType.standard)
@@ -193,12 +193,7 @@ def main(arguments: list[str]) -> None:
     table = parts(sizes, config)
     arms = {(name, side): part[1 + side] for name, part in table.items() for side in (0, 1)}
     arms = {key: run for key, run in arms.items() if run is not None} | {("step", 0): arm}
-    best = dict.fromkeys(arms, float("inf"))
-    for _ in range(rounds + 1):  # the first one compiles
-        for key, run in arms.items():
-            begin = time.perf_counter()
-            run()
-            best[key] = min(best[key], (time.perf_counter() - begin) / REPEATS)
+    best = {key: min(found) / REPEATS for key, found in in_turns(arms, rounds).items()}
     step, total = best["step", 0], 0.0
     print(f"{machine()}; {sizes}")
     print(

@@ -19,7 +19,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from train import machine
+from arguments import read
+from common import machine
 
 COMPILING = 2  # rounds: the program also compiles sizes of its batches while it is idle
 PROMPT = "HAMLET:\nTo be, or not to be"
@@ -60,18 +61,15 @@ def memory(pid: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    options = {"streams": "1,10,50", "length": "200", "rounds": "3"}
-    given = dict(argument.split("=") for argument in arguments if "=" in argument)
-    runs = [argument for argument in arguments if "=" not in argument]
-    counts = [int(number) for number in (options | given)["streams"].split(",")]
-    length, rounds = (int((options | given)[name]) for name in ("length", "rounds"))
+    chosen, runs = read(arguments, streams="1,10,50", length=200, rounds=3)
+    counts = [int(number) for number in chosen["streams"].split(",")]
     bounds = [f"{name}={max(counts)}" for name in ("streams", "streams_per_client")]
     command = [sys.executable, "-m", "chargpt", "play", *runs, "port=0", *bounds]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdout is not None
         port = int(program.stdout.readline().rstrip("/\n").rpartition(":")[2])
         try:
-            show(port, program.pid, counts, length, rounds)
+            show(port, program.pid, counts, chosen["length"], chosen["rounds"])
         finally:
             program.terminate()
 

@@ -14,12 +14,12 @@ it the same between a run on one device and on all, which differ only in how sum
 
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from train import machine
+from arguments import read_all
+from common import in_turns, machine, ratio
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
@@ -34,7 +34,6 @@ SIZES = {
     "10.7M": ["model.d_model=384", "model.num_heads=6", "model.num_layers=6"],
 }
 TINY = [*SIZES["0.03M"], "mode=disabled", "trainer.num_steps=400", "optimizer.warmup_steps=20"]
-DEFAULT = {"sizes": "0.03M/0.2M/0.8M", "members": "1/2/4/8/16/32", "rounds": "5", "steps": "5"}
 OPTIMIZERS = {"adamw": [], "muon": ["optimizer.name=muon"]}
 
 
@@ -60,42 +59,20 @@ class Arm:
         return np.asarray(metrics.loss).reshape(self.members, self.steps)
 
 
-def read(arguments: Sequence[str]) -> dict[str, str]:
-    chosen = DEFAULT | {"agreement": ""}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name not in chosen or not equals:
-            sys.exit(f"error: {argument}: write {', '.join(f'{key}=…' for key in chosen)}")
-        chosen[name] = value
-    if unknown := set(chosen["sizes"].split("/")) - set(SIZES):
-        sys.exit(f"error: sizes={'/'.join(sorted(unknown))}: there are {'/'.join(SIZES)}")
-    return chosen
-
-
-def speeds(chosen: dict[str, str]) -> None:
-    print(f"{machine()}, {jax.device_count()} devices; {chosen['rounds']} rounds")
+def speeds(sizes: Sequence[str], members: Sequence[int], rounds: int, steps: int) -> None:
+    print(f"{machine()}, {jax.device_count()} devices; {rounds} rounds")
     print("| size | members | tokens/s of all | gain | memory, MB | compile, s |")
     print(6 * "|---" + "|")
-    for size in chosen["sizes"].split("/"):
+    for size in sizes:
         config = compose(("mode=disabled", *SIZES[size]))
-        arms = {}
-        for members in (None, *map(int, chosen["members"].split("/"))):
-            arms[members] = Arm([config] * (members or 1), members, int(chosen["steps"]))
-            arms[members]()
-        measured: dict[int | None, list[float]] = {members: [] for members in arms}
-        for _ in range(int(chosen["rounds"])):
-            for members, arm in arms.items():
-                arm()  # its arrays take the place of the last one's in the processor's caches
-                begin = time.perf_counter()
-                arm()
-                measured[members].append(arm.tokens / (time.perf_counter() - begin))
-        for members, arm in arms.items():
-            pairs = zip(measured[members], measured[None], strict=True)
-            gain = statistics.median(own / alone for own, alone in pairs)
-            speed, program = statistics.median(measured[members]), arm.program
+        arms = {number: Arm([config] * (number or 1), number, steps) for number in (None, *members)}
+        seconds = in_turns(arms, rounds, warm=True)
+        for number, arm in arms.items():
+            gain = (number or 1) * ratio(seconds[None], seconds[number])
+            speed, program = arm.tokens / statistics.median(seconds[number]), arm.program
             megabytes = (program.memory_bytes or 0) * len(program.devices) / 1e6
             cells = f"{speed:,.0f} | {gain:.2f} | {megabytes:,.0f} | {program.compile_seconds:.1f}"
-            print(f"| {size} | {members or 'alone'} | {cells} |", flush=True)
+            print(f"| {size} | {number or 'alone'} | {cells} |", flush=True)
 
 
 def agreement(num_steps: int) -> None:
@@ -118,13 +95,17 @@ def agreement(num_steps: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    chosen = read(arguments)
+    lists = {"sizes": "0.03M/0.2M/0.8M", "members": "1/2/4/8/16/32"}
+    chosen = read_all(arguments, **lists, rounds=5, steps=5, agreement="")
+    sizes, members = (chosen[name].split("/") for name in lists)
+    if unknown := set(sizes) - set(SIZES):
+        sys.exit(f"error: sizes={'/'.join(sorted(unknown))}: there are {'/'.join(SIZES)}")
     offer_cpu_devices()
     jax.config.update("jax_enable_compilation_cache", False)
     if chosen["agreement"]:
         agreement(int(chosen["agreement"]))
     else:
-        speeds(chosen)
+        speeds(sizes, list(map(int, members)), chosen["rounds"], chosen["steps"])
 
 
 if __name__ == "__main__":

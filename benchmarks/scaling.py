@@ -13,8 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-OPTIONS = dict(argument.split("=", 1) for argument in sys.argv[1:])
-NUMBER = int(OPTIONS.pop("devices", "8"))
+from arguments import read
+
+CHOSEN, OTHERS = read(sys.argv[1:], devices=8)
+NUMBER = CHOSEN["devices"]
 os.environ["JAX_NUM_CPU_DEVICES"] = str(NUMBER)
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import cuda
@@ -24,8 +26,7 @@ from chargpt.parallel import choose_devices
 from chargpt.study.plan import ACTIVATIONS, plan
 
 VOCABULARY = 65
-SIZES = {"dataset.seq_len": "128", "trainer.precision": "float32"}
-SIZES |= {"trainer.batch_size": str(2 * NUMBER)} | OPTIONS
+SIZES = ["dataset.seq_len=128", "trainer.precision=float32", f"trainer.batch_size={2 * NUMBER}"]
 LAYOUTS: dict[str, list[str]] = {
     "data": [],
     "fsdp": ["parallel.fsdp=true"],
@@ -40,8 +41,7 @@ def main() -> None:
     print("| layout | state | everything else | gathered and summed |")
     print(4 * "|---" + "|")
     for name, layout in LAYOUTS.items():
-        sizes = [f"{option}={value}" for option, value in SIZES.items()]
-        config = compose((*sizes, f"trainer.num_devices={NUMBER}", *layout))
+        config = compose((*SIZES, *OTHERS, f"trainer.num_devices={NUMBER}", *layout))
         devices, found = choose_devices(config), plan(config, NUMBER, VOCABULARY)
         compiled = cuda.training(config, VOCABULARY, 1, devices, on_gpu=False).compile()
         memory = compiled.memory_analysis()

@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import read_all
+
 from chargpt.checkpoint import read_header
 from chargpt.compose import slug
 
@@ -120,13 +122,9 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    options = {}
-    for argument in arguments:
-        name, _, options[name] = argument.partition("=")
-        if name not in ("arms", "seed") or not options[name]:
-            sys.exit(f"error: {argument}: write arms=ARM;ARM or seed=NUMBER")
-    arms = options["arms"].split(";") if "arms" in options else list(ARMS)
-    random.seed(int(options.get("seed", 0)))
+    chosen = read_all(arguments, arms=";".join(ARMS), seed="0")
+    arms = chosen["arms"].split(";")
+    random.seed(int(chosen["seed"]))
     work = Path(tempfile.mkdtemp(prefix="chargpt-sweep-"))
     seconds: dict[str, float] = {}
     for arm, (launcher, cache) in ARMS.items():

@@ -17,7 +17,6 @@ AdamW.
 import copy
 import fnmatch
 import functools
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -26,26 +25,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import read_all
+from common import in_turns, machine, make_config
 from peers import VOCABULARY, flat_arm, torch_arm, torch_models
 
-from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
 from chargpt.costs import flops_per_token
 from chargpt.parallel import choose_devices, offer_cpu_devices
 from chargpt.run.machine import measure_peak_flops, memory_bytes
 from chargpt.train import compute_dtype, init_state, make_inputs, train_steps
-
-
-def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> Config:
-    sizes_as_overrides = [
-        f"model.mha_type={kind.name}",
-        f"model.d_model={sizes['d_model']}",
-        f"model.num_heads={sizes['num_heads']}",
-        f"model.num_layers={sizes['num_layers']}",
-        f"dataset.seq_len={sizes['seq_len']}",
-        f"trainer.batch_size={sizes['batch_size']}",
-    ]
-    return compose((*sizes_as_overrides, *overrides))
 
 
 class Arm:
@@ -72,29 +60,10 @@ class Arm:
         metrics.loss.block_until_ready()
 
 
-def read_sizes(arguments: list[str], sizes: dict[str, int]) -> dict[str, int]:
-    """`sizes` with name=number arguments put in; the program ends if an argument is none."""
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name not in sizes or not value.isdigit() or int(value) < 1:
-            sys.exit(f"error: {argument}: write {' or '.join(sizes)} = a positive number")
-        sizes[name] = int(value)
-    return sizes
-
-
-def machine() -> str:
-    device = jax.devices()[0].device_kind
-    return f"{device}, jax {jax.__version__}, python {platform.python_version()}"
-
-
 def main(arguments: list[str]) -> None:
-    choices = [argument for argument in arguments if argument.startswith("arms=")]
-    chosen = "".join(choices[-1:] or ["*"]).removeprefix("arms=").split("/")
-    sizes = read_sizes(
-        [argument for argument in arguments if argument not in choices],
-        dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16, rounds=5, steps=10),
-    )
-    rounds, steps = sizes.pop("rounds"), sizes.pop("steps")
+    defaults = dict(d_model=64, num_heads=2, num_layers=4, seq_len=300, batch_size=16)
+    sizes = read_all(arguments, **defaults, rounds=5, steps=10, arms="*")
+    rounds, steps, chosen = sizes.pop("rounds"), sizes.pop("steps"), sizes.pop("arms").split("/")
     offer_cpu_devices()
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 200_000).astype(np.int32)
     configs = {kind.name: make_config(sizes, kind) for kind in AttentionType}
@@ -122,18 +91,13 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: arms={'/'.join(chosen)}: there are {'/'.join(makers)}")
     ours = {name: arm for name, arm in arms.items() if isinstance(arm, Arm)}
     compile_seconds = {}
-    best = dict.fromkeys(arms, float("inf"))
     for name, run in arms.items():
         begin = time.perf_counter()
         run()
         compile_seconds[name] = time.perf_counter() - begin
     compile_seconds |= {name: arm.compile_seconds for name, arm in ours.items()}
     peak = measure_peak_flops(compute_dtype(standard.trainer.precision))
-    for _ in range(rounds):
-        for name, run in arms.items():
-            begin = time.perf_counter()
-            run()
-            best[name] = min(best[name], (time.perf_counter() - begin) / steps)
+    best = {name: min(found) / steps for name, found in in_turns(arms, rounds).items()}
     peak = max(peak, measure_peak_flops(compute_dtype(standard.trainer.precision)))
     print(f"{machine()}; {sizes}")
     print(f"matrix products: {peak / 1e9:,.0f} GFLOP/s")

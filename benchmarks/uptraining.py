@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from train import machine
+from arguments import read
+from common import machine
 
 import chargpt
 from chargpt.checkpoint import Which, open_run
@@ -38,14 +39,8 @@ GENTLE = ["optimizer.learning_rate=1e-3", "optimizer.adam_learning_rate=2e-3"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    chosen = {"folder": "multirun/uptraining", "seeds": "0,1,2"}
-    common = list(EXPERIMENT)
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in chosen:
-            chosen[name] = value
-        else:
-            common.append(argument)
+    chosen, others = read(arguments, folder="multirun/uptraining", seeds="0,1,2")
+    common = [*EXPERIMENT, *others]
     offer_cpu_devices()
     folder, seeds = Path(chosen["folder"]), chosen["seeds"].split(",")
     config = compose((*common, "model.mha_type=standard"))
