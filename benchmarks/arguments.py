@@ -27,6 +27,6 @@ def read(arguments: Sequence[str], **own: Any) -> tuple[dict[str, Any], list[str
 def read_all(arguments: Sequence[str], **own: Any) -> dict[str, Any]:
     """As `read`; the program ends if there is another argument."""
     chosen, others = read(arguments, **own)
-    for argument in others:
-        sys.exit(f"error: {argument}: write {', '.join(f'{name}=…' for name in own)}")
+    if others:
+        sys.exit(f"error: {others[0]}: write {', '.join(f'{name}=…' for name in own)}")
     return chosen
