@@ -8,19 +8,18 @@ from typing import Any
 def read(arguments: Sequence[str], **own: Any) -> tuple[dict[str, Any], list[str]]:
     """`own` with the values of its NAME=VALUE arguments, and the other arguments.
 
-    An option whose default is a number takes a positive one; else the program ends.
+    An option whose default is a number takes a positive one. The program ends if a value is none.
     """
     chosen, others = dict(own), []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals or name not in own:
             others.append(argument)
-        elif not isinstance(own[name], int):
-            chosen[name] = value
-        elif value.isdigit() and int(value) > 0:
-            chosen[name] = int(value)
-        else:
-            sys.exit(f"error: {argument}: write {name}= and a positive number")
+            continue
+        wants_number = isinstance(own[name], int)
+        if not value or (wants_number and not (value.isdigit() and int(value) > 0)):
+            sys.exit(f"error: {argument}: write {name}=" + ("1 or more" if wants_number else "…"))
+        chosen[name] = int(value) if wants_number else value
     return chosen, others
 
 

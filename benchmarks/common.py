@@ -15,11 +15,13 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def machine() -> str:
+    """Device and versions, for the head of a table."""
     device = jax.devices()[0].device_kind
     return f"{device}, jax {jax.__version__}, python {platform.python_version()}"
 
 
 def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> Config:
+    """The default run with these sizes."""
     sizes_as_overrides = [
         f"model.mha_type={kind.name}",
         f"model.d_model={sizes['d_model']}",
