@@ -6,6 +6,9 @@ Both are called per sequence under `jax.vmap`, as the model does. Rounds are int
 figure is the best one.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from common import in_turns, machine
 
@@ -13,6 +16,16 @@ from chargpt.attention.kernel import CAUSAL, dot_product_attention
 
 SIZES = [(16, 300, 2, 32), (12, 64, 4, 32), (4, 256, 6, 64)]
 ROUNDS = 15
+
+
+def arm(kernel: Callable, weight: jax.Array, *qkv: jax.Array) -> Callable[[], Any]:
+    """Calls of the gradient of a weighted sum of what `kernel` gives."""
+
+    def total(*qkv: jax.Array) -> jax.Array:
+        return (jax.vmap(kernel)(*qkv) * weight).sum()
+
+    gradient = jax.jit(jax.grad(total, (0, 1, 2)))
+    return lambda: jax.block_until_ready(gradient(*qkv))
 
 
 def main() -> None:
@@ -29,15 +42,7 @@ def main() -> None:
                 q, k, v, CAUSAL, scale=scale
             ),
         }
-
-        def arm(kernel, weight=weight, qkv=(q, k, v)):
-            def total(*qkv):
-                return (jax.vmap(kernel)(*qkv) * weight).sum()
-
-            gradient = jax.jit(jax.grad(total, (0, 1, 2)))
-            return lambda: jax.block_until_ready(gradient(*qkv))
-
-        arms = {name: arm(kernel) for name, kernel in kernels.items()}
+        arms = {name: arm(kernel, weight, q, k, v) for name, kernel in kernels.items()}
         best = {name: min(found) for name, found in in_turns(arms, ROUNDS).items()}
         row = " | ".join(f"{1e3 * seconds:.1f}" for seconds in best.values())
         ratio = best["chargpt"] / best["jax.nn"]

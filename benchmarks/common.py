@@ -34,22 +34,24 @@ def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> 
 
 
 def in_turns(
-    arms: Mapping[Name, Callable[[], Any]], rounds: int, warm: bool = False
+    arms: Mapping[Name, Callable[[], Any]], rounds: int, warm: bool = False, compiled: bool = False
 ) -> dict[Name, list[float]]:
     """Seconds that a call of each arm took, round by round: A B C A B C …
 
-    A round before the first, which compiles, is not counted. `warm` calls an arm once before each
-    call that counts: its arrays take the place of the last one's in the processor's caches.
+    All are called once before, which compiles, unless they are `compiled`. `warm` calls an arm once
+    before each call that counts: its arrays take the place of the last one's in the processor's
+    caches.
     """
+    for run in () if compiled else arms.values():
+        run()
     seconds: dict[Name, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in arms.items():
-            if warm and number > 0:
+            if warm:
                 run()
             begin = time.perf_counter()
             run()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 

@@ -56,9 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         for found, number in ((training, tokens), (decoding, batch * (seq_len - 1))):
             speed = number / statistics.median(found[name])
             cells.append(f"{speed:,.0f} | {ratio(found['standard'], found[name]):.2f}")
-        megabytes = (arm.program.memory_bytes or 0) * len(arm.program.devices) / 1e6
         cache = arm.program.cache_bytes / seq_len
-        print(f"| {name} | {cache:,.0f} | {cells[0]} | {megabytes:,.0f} | {cells[1]} |")
+        print(f"| {name} | {cache:,.0f} | {cells[0]} | {arm.megabytes:,.0f} | {cells[1]} |")
 
 
 if __name__ == "__main__":

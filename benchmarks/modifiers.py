@@ -65,10 +65,9 @@ def main(arguments: Sequence[str]) -> None:
     print(5 * "|---" + "|")
     for name, arm in arms.items():
         step = 1e3 * statistics.median(seconds[name]) / chosen["steps"]
-        megabytes = (arm.program.memory_bytes or 0) * len(arm.program.devices) / 1e6
         cache = arm.program.cache_bytes / seq_len
         times = f"{step:.1f} | {ratio(seconds[name], seconds['plain']):.2f}"
-        print(f"| {name} | {times} | {megabytes:,.0f} | {cache:,.0f} |")
+        print(f"| {name} | {times} | {arm.megabytes:,.0f} | {cache:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ class Arm:
         self.members, trainer = members or 1, configs[0].trainer
         self.tokens = self.members * steps * trainer.batch_size * configs[0].dataset.seq_len
 
+    @property
+    def megabytes(self) -> float:
+        """What XLA allots to the compiled chunk, on all devices together."""
+        return (self.program.memory_bytes or 0) * len(self.program.devices) / 1e6
+
     def __call__(self) -> np.ndarray:
         """Train a chunk; the loss of every step, [members, steps]."""
         assert self.states is not None
@@ -69,9 +74,9 @@ def speeds(sizes: Sequence[str], members: Sequence[int], rounds: int, steps: int
         seconds = in_turns(arms, rounds, warm=True)
         for number, arm in arms.items():
             gain = (number or 1) * ratio(seconds[None], seconds[number])
-            speed, program = arm.tokens / statistics.median(seconds[number]), arm.program
-            megabytes = (program.memory_bytes or 0) * len(program.devices) / 1e6
-            cells = f"{speed:,.0f} | {gain:.2f} | {megabytes:,.0f} | {program.compile_seconds:.1f}"
+            speed = arm.tokens / statistics.median(seconds[number])
+            cells = f"{speed:,.0f} | {gain:.2f} | {arm.megabytes:,.0f}"
+            cells += f" | {arm.program.compile_seconds:.1f}"
             print(f"| {size} | {number or 'alone'} | {cells} |", flush=True)
 
 

@@ -97,7 +97,8 @@ def main(arguments: list[str]) -> None:
         compile_seconds[name] = time.perf_counter() - begin
     compile_seconds |= {name: arm.compile_seconds for name, arm in ours.items()}
     peak = measure_peak_flops(compute_dtype(standard.trainer.precision))
-    best = {name: min(found) / steps for name, found in in_turns(arms, rounds).items()}
+    seconds_of = in_turns(arms, rounds, compiled=True)
+    best = {name: min(found) / steps for name, found in seconds_of.items()}
     peak = max(peak, measure_peak_flops(compute_dtype(standard.trainer.precision)))
     print(f"{machine()}; {sizes}")
     print(f"matrix products: {peak / 1e9:,.0f} GFLOP/s")
