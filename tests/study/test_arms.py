@@ -106,6 +106,21 @@ def test_options_whose_last_parts_are_equal_have_their_full_names(
     ]
 
 
+def test_if_that_is_long_an_arm_is_named_by_what_sets_it_apart_from_the_first() -> None:
+    changes = [
+        [],
+        ["model.window=8"],
+        ["model.window=8", "model.window_pattern=LLG"],
+        ["model.output_gate=element"],
+    ]
+    expected = ["standard", "window=8", "window=8 window_pattern=LLG", "output_gate=element"]
+    assert name_arms([make_record(*overrides) for overrides in changes]) == expected
+    mqa = make_record("model.mha_type=mqa", "model.output_gate=head")
+    names = name_arms([*(make_record(*overrides) for overrides in changes), mqa])
+    several = [f"standard {name}" for name in expected[1:]]
+    assert names == ["standard", *several, "mqa output_gate=head"]
+
+
 LONG = ["model.d_model=64", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=7"]
 
 

@@ -119,7 +119,8 @@ def setting_key(record: Record) -> str:
 def name_arms(records: Sequence[Record]) -> list[str]:
     """What sets each of some runs apart, in as few words as possible: `mqa`, `mqa match=params`.
 
-    If that is long, the name that the run was given (wandb.name), numbered if two have the same.
+    If that is long for one of them, what sets each apart from the first: `standard`, `window=16`.
+    If that is long too, the names that the runs were given (wandb.name), numbered if two are equal.
     """
     settings = [record.settings() for record in records]
     every = settings[0] if settings else {}
@@ -131,14 +132,16 @@ def name_arms(records: Sequence[Record]) -> list[str]:
         if name != TYPE
     }
 
-    def describe(one: dict[str, Any]) -> str:
-        kind = [one[TYPE]] if TYPE in differing or not differing else []
-        values = [f"{label}={spell(one[name])[:MAX_VALUE]}" for name, label in labels.items()]
+    def describe(one: dict[str, Any], shown: Iterable[str]) -> str:
+        values = [f"{labels[name]}={spell(one[name])[:MAX_VALUE]}" for name in shown]
+        kind = [one[TYPE]] if TYPE in differing or not values else []
         return one_line(" ".join(kind + values))
 
-    names = list(map(describe, settings))
-    if max(map(len, names), default=0) <= MAX_NAME and len(set(names)) == len(names):
-        return names
+    complete = [describe(one, labels) for one in settings]
+    changed = [[name for name in labels if str(one[name]) != str(every[name])] for one in settings]
+    for names in (complete, list(map(describe, settings, changed))):
+        if max(map(len, names), default=0) <= MAX_NAME and len(set(names)) == len(names):
+            return names
     typed = [re.sub(r" seed=\d+", "", record.config.wandb.name) for record in records]
     given = [one_line(name)[:MAX_NAME] for name in typed]
     return [
