@@ -10,14 +10,14 @@ import jax
 
 from chargpt.compose import compose
 from chargpt.config import AttentionType, Config
+from chargpt.run.machine import device_name
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 def machine() -> str:
     """Device and versions, for the head of a table."""
-    device = jax.devices()[0].device_kind
-    return f"{device}, jax {jax.__version__}, python {platform.python_version()}"
+    return f"{device_name()}, jax {jax.__version__}, python {platform.python_version()}"
 
 
 def make_config(sizes: dict[str, int], kind: AttentionType, *overrides: str) -> Config:

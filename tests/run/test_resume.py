@@ -27,7 +27,7 @@ from chargpt.config import AttentionType, Config, Mode, settings_of
 from chargpt.corpus import load_corpus
 from chargpt.errors import ConfigError
 from chargpt.run.directory import cut_records, record_sizes, write_config
-from chargpt.run.machine import package_versions
+from chargpt.run.machine import package_versions, processor
 from chargpt.run.process import lock
 from chargpt.run.resume import check_corpus, load_newest, restore, with_overrides
 from chargpt.run.start import resume, train, train_or_resume
@@ -272,7 +272,7 @@ def test_an_invalid_override_is_refused_in_one_line(override: str, words: str):
 
 def test_restore_reports_the_step_what_changed_and_what_is_not_bit_exact(run_dir: Path):
     said, versions = [], package_versions()
-    old = versions | {"jaxlib": "0.0.1", "left-pad": "1"}
+    old = versions | {"jaxlib": "0.0.1", "processor": "8086", "left-pad": "1"}
     write_checkpoint(run_dir, "last", tiny_config(), 30, versions=old)
     config, restored = restore(run_dir, ["trainer.num_steps=200"], said.append)
     assert config.trainer.num_steps == 200 and restored[1].step == 30
@@ -281,6 +281,7 @@ def test_restore_reports_the_step_what_changed_and_what_is_not_bit_exact(run_dir
         "  trainer.num_steps: 100 -> 200",
         "  from here on, the learning-rate schedule is that of the new length",
         f"  not bit-exact: jaxlib 0.0.1 -> {versions['jaxlib']}",
+        f"  not bit-exact: processor 8086 -> {processor()}",
         "  not bit-exact: left-pad 1 -> None",
     ]
 

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,24 @@ from chargpt.parallel import Devices
 PACKAGES = ("chargpt", "jax", "jaxlib", "equinox", "optax", "numpy", "hydra-core", "wandb")
 
 
+@functools.cache
+def processor() -> str:
+    """The model of the CPU, as far as the system tells: `AMD EPYC`, `arm`."""
+    with contextlib.suppress(OSError):  # not Linux
+        if found := re.search(r"^model name\s*:(.+)", Path("/proc/cpuinfo").read_text(), re.M):
+            return re.sub(r"\(R\)|\(TM\)", "", found[1]).strip()
+    return platform.processor() or platform.machine()
+
+
+def on_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
+
+
 def device_name() -> str:
-    device = jax.devices()[0]
-    cores = f" ({os.cpu_count()} cores)" if device.platform == "cpu" else ""
-    return f"{device.device_kind}{cores}"
+    """The first device, as JAX names it; of a CPU, its model and the number of its cores."""
+    if on_cpu():
+        return f"{processor()} ({os.cpu_count()} cores)"
+    return jax.devices()[0].device_kind
 
 
 @functools.cache  # every checkpoint asks
@@ -36,7 +51,9 @@ def versions() -> dict[str, str]:
 
 def numerics(devices: Devices, dtype: Any) -> dict[str, str]:
     """What runs must have in common to compute the same numbers bit for bit."""
-    return package_versions() | {"devices": str(devices), "precision": jnp.dtype(dtype).name}
+    found = {"devices": str(devices), "precision": jnp.dtype(dtype).name}
+    found |= {"processor": processor()} if on_cpu() else {}
+    return package_versions() | found
 
 
 def measure_peak_flops(dtype: Any) -> float:
