@@ -1,4 +1,4 @@
-"""The machine that a run uses: the speed that it reaches, the compiler options that it has."""
+"""The machine that a run uses: its name, the speed that it reaches, its compiler options."""
 
 import math
 import os
