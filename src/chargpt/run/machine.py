@@ -28,13 +28,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def on_cpu() -> bool:
-    return jax.devices()[0].platform == "cpu"
-
-
 def device_name() -> str:
     """The first device, as JAX names it; of a CPU, its model and the number of its cores."""
-    if on_cpu():
+    if jax.default_backend() == "cpu":
         return f"{processor()} ({os.cpu_count()} cores)"
     return jax.devices()[0].device_kind
 
@@ -51,9 +47,9 @@ def versions() -> dict[str, str]:
 
 def numerics(devices: Devices, dtype: Any) -> dict[str, str]:
     """What runs must have in common to compute the same numbers bit for bit."""
-    found = {"devices": str(devices), "precision": jnp.dtype(dtype).name}
-    found |= {"processor": processor()} if on_cpu() else {}
-    return package_versions() | found
+    cpu = {"processor": processor()} if jax.default_backend() == "cpu" else {}
+    layout = {"devices": str(devices), "precision": jnp.dtype(dtype).name}
+    return package_versions() | layout | cpu
 
 
 def measure_peak_flops(dtype: Any) -> float:
