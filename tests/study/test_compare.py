@@ -119,6 +119,13 @@ def test_the_table_fits_a_hundred_columns_and_leaves_no_number_out(result: Compa
     assert note.endswith("18_mqa seed=3 (step 400 of 1600)")
 
 
+def test_a_name_too_long_for_its_column_is_broken_behind_an_equals_sign(result: Comparison) -> None:
+    arm = Arm("mla kv_lora_rank=16", result.arms[-1].runs)
+    lines = table(Comparison([*result.arms, arm], []))
+    assert [line[:15].strip() for line in lines[-3:]] == ["mla", "kv_lora_rank=", "16"]
+    assert "mla kv_lora_rank=16" in table(Comparison([*result.arms, arm], []), width=120)[-1]
+
+
 def test_the_seed_by_seed_difference_has_the_smaller_spread_here(result: Comparison) -> None:
     paired = [np.std(LOSSES[kind] - LOSSES[0], ddof=1) for kind in range(1, 6)]
     assert max(paired) < np.std(LOSSES, axis=1, ddof=1).min()

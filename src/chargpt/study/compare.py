@@ -191,17 +191,25 @@ def ranking(arms: Sequence[Arm]) -> list[int]:
 
 def show(result: Comparison, console: Console, ranked: bool = False) -> None:
     """The table in the terminal, the best arm in bold; if ranked, the best run; the remarks."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(COLUMNS[0], overflow="fold")
-    shown = [number for number, name in enumerate(COLUMNS) if name != LAST]
-    for name in (COLUMNS[number] for number in shown[1:]):
-        title = name.replace(" ", "\n", 1)
-        table.add_column(title, justify="right", overflow="fold", no_wrap=True)
     lines, ranks = rows(result.arms), ranking(result.arms)
     best = ranks[0]
-    for number in ranks if ranked else range(len(lines)):
+    order = ranks if ranked else range(len(lines))
+    shown = [number for number, name in enumerate(COLUMNS) if name != LAST]
+    titles = [COLUMNS[number].replace(" ", "\n", 1) for number in shown]
+    cells = [[lines[number][column][0] for column in shown] for number in order]
+    widths = [
+        1 + max(map(len, "\n".join(texts).split("\n")))
+        for texts in zip(titles, *cells, strict=True)
+    ]
+    room = console.width - sum(widths[1:])
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(titles[0], overflow="fold")
+    for title in titles[1:]:
+        table.add_column(title, justify="right", overflow="fold", no_wrap=True)
+    for number, (name, *numbers) in zip(order, cells, strict=True):
         style = "bold" if number == best and len(lines) > 1 else None
-        table.add_row(*(Text(lines[number][column][0]) for column in shown), style=style)
+        table.add_row(*map(Text, (broken(name, room), *numbers)), style=style)
     console.print(table)
     notes = [f"note: {remark}" for remark in result.remarks]
     if ranked:
@@ -209,6 +217,12 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
         notes.insert(0, f"best run: {run.path}")
     for text in notes:
         console.print(Text(one_line(text)), soft_wrap=True)
+
+
+def broken(name: str, room: int) -> str:
+    """The name; its words that are longer than `room` end a line behind their "="."""
+    words = (word if len(word) <= room else word.replace("=", "=\n", 1) for word in name.split(" "))
+    return " ".join(words)
 
 
 def to_markdown(arms: Sequence[Arm]) -> str:
