@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chargpt.run.directory import Record
-from chargpt.study.arms import Arm, Difference, Estimate, group, name_arms
+from chargpt.study.arms import Arm, Difference, Estimate, best_of, group, name_arms
 
 GIVEN = "wandb.name=fast"
 
@@ -68,6 +68,22 @@ def test_of_a_repeated_seed_the_last_run_counts_and_the_others_are_reported() ->
 
 def test_nothing_to_group_gives_no_arms() -> None:
     assert group([]) == ([], [])
+
+
+def test_of_arms_that_differ_in_an_option_the_best_has_the_lowest_mean_and_the_most_seeds() -> None:
+    rates = {"1e-3": [2.0, 2.4], "2e-3": [2.3, 1.9], "4e-3": [1.5]}
+    runs = [
+        make_record(f"seed={seed}", f"optimizer.learning_rate={rate}", val_losses=[loss])
+        for rate, losses in rates.items()
+        for seed, loss in enumerate(losses)
+    ]
+    arms, _ = group([*runs, make_record("model.mha_type=mqa")])
+    chosen, remark = best_of(["optimizer.learning_rate"], arms)
+    assert [list(arm.runs.values()) for arm in chosen] == [runs[2:4], list(arms[-1].runs.values())]
+    assert remark.startswith(
+        "each arm is the best of 1 to 3 that differ in optimizer.learning_rate"
+    )
+    assert best_of(["model.d_ff"], arms)[0] == arms
 
 
 # ---- names

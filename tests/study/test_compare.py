@@ -119,10 +119,10 @@ def test_the_table_fits_a_hundred_columns_and_leaves_no_number_out(result: Compa
     assert note.endswith("18_mqa seed=3 (step 400 of 1600)")
 
 
-def test_a_name_too_long_for_its_column_is_broken_behind_an_equals_sign(result: Comparison) -> None:
+def test_a_name_too_long_for_its_column_is_broken_before_an_equals_sign(result: Comparison) -> None:
     arm = Arm("mla kv_lora_rank=16", result.arms[-1].runs)
     lines = table(Comparison([*result.arms, arm], []))
-    assert [line[:15].strip() for line in lines[-3:]] == ["mla", "kv_lora_rank=", "16"]
+    assert [line[:15].strip() for line in lines[-3:]] == ["mla", "kv_lora_rank", "=16"]
     assert "mla kv_lora_rank=16" in table(Comparison([*result.arms, arm], []), width=120)[-1]
 
 
@@ -515,6 +515,31 @@ def test_a_run_with_an_equals_sign_in_its_name_is_a_path(
     assert out.splitlines()[-5:] == files
     assert "2 2.0000 ± 0.0000" in out
     assert "<h1>A title</h1>" in Path("results/both.html").read_text()
+
+
+def test_each_type_is_compared_at_the_option_that_suits_it_best(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    losses = {("standard", "3e-3"): 2.1, ("standard", "1e-2"): 2.2}
+    losses |= {("mqa", "3e-3"): 2.4, ("mqa", "1e-2"): 2.0, ("mqa", "3e-2"): 2.5}
+    for number, ((kind, rate), loss) in enumerate(losses.items()):
+        settings = f"model.mha_type={kind}", f"optimizer.learning_rate={rate}"
+        make_run(tmp_path / str(number), *settings, val_losses=[loss])
+    code, out, err = run_tool(capsys, str(tmp_path), "best_of=optimizer.learning_rate,model.d_ff")
+    assert (code, err) == (0, "")
+    assert re.findall(r"^\S.* 1 +([\d.]+) ", out, re.MULTILINE) == ["2.1000", "2.0000"]
+    tried = (
+        "note: each arm is the best of 2 to 3 that differ in optimizer.learning_rate, model.d_ff"
+    )
+    assert tried in out
+    kept = read_comparison([str(tmp_path / "comparison.jsonl")])
+    assert [arm.name for arm in kept.arms] == [
+        "standard learning_rate=0.003",
+        "mqa learning_rate=0.01",
+    ]
+    code, _, err = run_tool(capsys, str(tmp_path), "best_of=learning_rate")
+    hint = "there is no such option; did you mean optimizer.learning_rate?"
+    assert (code, err) == (2, f"error: best_of: learning_rate: {hint}\n")
 
 
 def test_a_pattern_with_an_equals_sign_is_a_path(

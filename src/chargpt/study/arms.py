@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from chargpt.config import spell
-from chargpt.errors import one_line
+from chargpt.config import did_you_mean, options, spell
+from chargpt.errors import one_line, require
 from chargpt.run.directory import Record
 
 MAX_NAME = 40  # characters of an arm's name
@@ -70,6 +70,11 @@ class Arm:
         """The run with the lowest seed."""
         return self.runs[min(self.runs)]
 
+    @property
+    def best_loss(self) -> float:
+        """The best validation loss, mean over the seeds."""
+        return statistics.fmean(run.best_loss for run in self.runs.values())
+
     def estimate(self, name: str) -> Estimate | None:
         """Mean and spread over the seeds of a number in summary.json."""
         return Estimate.of(run.number(name) for run in self.runs.values())
@@ -95,8 +100,35 @@ def group(records: Sequence[Record]) -> tuple[list[Arm], list[str]]:
         if seed in runs:
             remarks.append(f"left out, a repetition of the same seed: {runs[seed].path}")
         runs[seed] = record
-    names = name_arms([next(iter(runs.values())) for runs in groups.values()])
-    return list(map(Arm, names, groups.values())), remarks
+    return named(groups.values()), remarks
+
+
+def named(groups: Iterable[dict[int, Record]]) -> list[Arm]:
+    """An arm of each group of runs, by seed."""
+    groups = list(groups)
+    return list(map(Arm, name_arms([next(iter(runs.values())) for runs in groups]), groups))
+
+
+def best_of(names: Sequence[str], arms: Sequence[Arm]) -> tuple[list[Arm], str]:
+    """(of the arms that differ only in these options, the best of each; a remark on the choice).
+
+    The best has the lowest mean loss, among those with the most seeds. Types need not like the same
+    learning rate: `best_of(["optimizer.learning_rate"], arms)` compares each at its own.
+    """
+    for name in names:
+        known = name in options()
+        require(known, f"best_of: {name}: there is no such option{did_you_mean(name, options())}")
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(setting_key(arm.first_run, names), []).append(arm)
+    chosen = [
+        min(tried, key=lambda arm: (-len(arm.runs), arm.best_loss)) for tried in groups.values()
+    ]
+    counts = sorted({len(tried) for tried in groups.values()})
+    tried = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    apart = ", ".join(names)
+    remark = f"each arm is the best of {tried} that differ in {apart}, chosen by the loss shown"
+    return named(arm.runs for arm in chosen), remark
 
 
 def one_of_each(
@@ -111,9 +143,10 @@ def one_of_each(
     return list(chosen.values())
 
 
-def setting_key(record: Record) -> str:
-    """The same for runs that differ only in their seed."""
-    return json.dumps(record.settings(), sort_keys=True)
+def setting_key(record: Record, apart: Sequence[str] = ()) -> str:
+    """The same for runs that differ only in their seed, and in the options `apart` from it."""
+    settings = {name: value for name, value in record.settings().items() if name not in apart}
+    return json.dumps(settings, sort_keys=True)
 
 
 def name_arms(records: Sequence[Record]) -> list[str]:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import datetime
 import io
-import statistics
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.text import Text
 from chargpt.config import to_yaml
 from chargpt.errors import one_line, require
 from chargpt.study import figures, page
-from chargpt.study.arms import Arm, Difference, group
+from chargpt.study.arms import Arm, Difference, best_of, group
 from chargpt.study.page import Cell
 from chargpt.study.records import ENDING, read_records, to_jsonl
 
@@ -42,6 +41,9 @@ class CompareOptions:
     out: str | None = None  # the files to write, without endings; null = comparison, in the folder
     title: str = "What attention costs, and what it buys"
     figure: Drawing = Drawing.costs  # what the figure for documents shows
+    # Options, such as optimizer.learning_rate,model.d_ff: of the arms that differ only in them, the
+    # best; null = all
+    best_of: str | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.paths), "compare: needs runs; write chargpt compare outputs/… multirun/…")
@@ -59,19 +61,25 @@ class Comparison:
 
 def compare(options: CompareOptions, ranked: bool = False) -> None:
     """Print the table; write the files. `ranked`: best arms first."""
-    result = read_comparison(options.paths)
+    result = read_comparison(options.paths, options.best_of)
     out = Path(options.out) if options.out else default_place(options.paths)
     show(result, Console(highlight=False, width=max(Console().width, WIDTH)), ranked)
     for path in write(result, out, options.title, options.figure):
         print(path)
 
 
-def read_comparison(paths: Sequence[str]) -> Comparison:
-    """The comparison of all finished runs in `paths`; ConfigError if there is none."""
-    arms, left_out = group(read_records(paths))
-    why = one_line("; ".join(left_out[:3]))
+def read_comparison(paths: Sequence[str], best: str | None = None) -> Comparison:
+    """The comparison of all finished runs in `paths`; ConfigError if there is none.
+
+    `best`: options, with commas between; of arms that differ only in them, the best is compared.
+    """
+    arms, remarks = group(read_records(paths))
+    why = one_line("; ".join(remarks[:3]))
     require(bool(arms), f"{' '.join(paths)}: no run there is finished; {why}")
-    return Comparison(arms, left_out + doubts(arms))
+    if best is not None:
+        arms, remark = best_of(best.split(","), arms)
+        remarks.append(remark)
+    return Comparison(arms, remarks + doubts(arms))
 
 
 def default_place(paths: Sequence[str]) -> Path:
@@ -185,8 +193,7 @@ def row(arm: Arm, first: Arm) -> list[Cell]:
 
 def ranking(arms: Sequence[Arm]) -> list[int]:
     """The numbers of the arms, lowest loss first."""
-    losses = [statistics.fmean(run.best_loss for run in arm.runs.values()) for arm in arms]
-    return sorted(range(len(arms)), key=losses.__getitem__)
+    return sorted(range(len(arms)), key=lambda number: arms[number].best_loss)
 
 
 def show(result: Comparison, console: Console, ranked: bool = False) -> None:
@@ -220,8 +227,8 @@ def show(result: Comparison, console: Console, ranked: bool = False) -> None:
 
 
 def broken(name: str, room: int) -> str:
-    """The name; its words that are longer than `room` end a line behind their "="."""
-    words = (word if len(word) <= room else word.replace("=", "=\n", 1) for word in name.split(" "))
+    """The name; its words that are longer than `room` begin a line with their "="."""
+    words = (word if len(word) <= room else word.replace("=", "\n=", 1) for word in name.split(" "))
     return " ".join(words)
 
 
