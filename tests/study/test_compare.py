@@ -368,7 +368,8 @@ def test_the_files_are_written_side_by_side(written: list[Path], result: Compari
     assert [path.name for path in written] == [f"comparison{ending}" for ending in endings]
     assert sorted(written[0].parent.iterdir()) == sorted(written)
     _, markdown, table, figure, records = written
-    text = f"# Types & <seeds>\n\n{subtitle(result.arms)}\n\n{to_markdown(result.arms)}\n"
+    note = f"Note: {result.remarks[0]}"
+    text = f"# Types & <seeds>\n\n{subtitle(result.arms)}\n\n{to_markdown(result.arms)}\n{note}\n"
     assert markdown.read_text().startswith(text)
     assert table.read_text() == to_csv(result.arms)
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

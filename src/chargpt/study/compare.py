@@ -266,10 +266,11 @@ def write(
         Drawing.cache: figures.frontier,
         Drawing.paired: figures.paired_differences,
     }[drawing]
-    markdown = f"# {title}\n\n{about}\n\n{to_markdown(arms)}\n{EXPLANATION}\n"
+    notes = [f"Note: {remark}" for remark in result.remarks]
+    paragraphs = [f"# {title}", about, to_markdown(arms).rstrip(), *notes, EXPLANATION]
     contents = {
         ".html": page.render(title, about, blocks(result)),
-        ".md": markdown.encode(),
+        ".md": ("\n\n".join(paragraphs) + "\n").encode(),
         ".csv": to_csv(arms).encode(),
         ".png": figures.to_png(draw(arms)),
         ENDING: to_jsonl(run for arm in arms for _, run in sorted(arm.runs.items())).encode(),
