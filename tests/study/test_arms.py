@@ -70,20 +70,26 @@ def test_nothing_to_group_gives_no_arms() -> None:
     assert group([]) == ([], [])
 
 
-def test_of_arms_that_differ_in_an_option_the_best_has_the_lowest_mean_and_the_most_seeds() -> None:
-    rates = {"1e-3": [2.0, 2.4], "2e-3": [2.3, 1.9], "4e-3": [1.5]}
+def test_of_arms_that_differ_in_an_option_the_best_has_the_lowest_mean_over_common_seeds() -> None:
+    losses = {"1e-3": [2.0, 2.4], "2e-3": [2.3, 1.9, 9.0]}
     runs = [
         make_record(f"seed={seed}", f"optimizer.learning_rate={rate}", val_losses=[loss])
-        for rate, losses in rates.items()
-        for seed, loss in enumerate(losses)
+        for rate in losses
+        for seed, loss in enumerate(losses[rate])
     ]
-    arms, _ = group([*runs, make_record("model.mha_type=mqa")])
-    chosen, remark = best_of(["optimizer.learning_rate"], arms)
-    assert [list(arm.runs.values()) for arm in chosen] == [runs[2:4], list(arms[-1].runs.values())]
+    mqa = make_record("model.mha_type=mqa")
+    chosen, remark = best_of(["optimizer.learning_rate"], group([*runs, mqa])[0])
+    assert [list(arm.runs.values()) for arm in chosen] == [runs[2:], [mqa]]
+    assert [arm.name for arm in chosen] == [
+        "standard learning_rate=0.002",
+        "mqa learning_rate=0.003",
+    ]
     assert remark.startswith(
-        "each arm is the best of 1 to 3 that differ in optimizer.learning_rate"
+        "each arm is the best of 1 to 2 that differ in optimizer.learning_rate"
     )
-    assert best_of(["model.d_ff"], arms)[0] == arms
+    apart = group([*runs[:2], runs[4]])[0]  # no seed in common
+    assert best_of(["optimizer.learning_rate"], apart)[0][0].runs == apart[0].runs
+    assert [arm.runs for arm in best_of(["model.d_ff"], apart)[0]] == [arm.runs for arm in apart]
 
 
 # ---- names

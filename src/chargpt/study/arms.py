@@ -112,8 +112,8 @@ def named(groups: Iterable[dict[int, Record]]) -> list[Arm]:
 def best_of(names: Sequence[str], arms: Sequence[Arm]) -> tuple[list[Arm], str]:
     """(of the arms that differ only in these options, the best of each; a remark on the choice).
 
-    The best has the lowest mean loss, among those with the most seeds. Types need not like the same
-    learning rate: `best_of(["optimizer.learning_rate"], arms)` compares each at its own.
+    Types need not like the same learning rate: with ["optimizer.learning_rate"], each is compared
+    at its own.
     """
     for name in names:
         known = name in options()
@@ -121,14 +121,21 @@ def best_of(names: Sequence[str], arms: Sequence[Arm]) -> tuple[list[Arm], str]:
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(setting_key(arm.first_run, names), []).append(arm)
-    chosen = [
-        min(tried, key=lambda arm: (-len(arm.runs), arm.best_loss)) for tried in groups.values()
-    ]
-    counts = sorted({len(tried) for tried in groups.values()})
-    tried = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    counts = [len(tried) for tried in groups.values()]
+    number = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else f"{counts[0]}"
     apart = ", ".join(names)
-    remark = f"each arm is the best of {tried} that differ in {apart}, chosen by the loss shown"
-    return named(arm.runs for arm in chosen), remark
+    remark = f"each arm is the best of {number} that differ in {apart}, chosen by the loss shown"
+    return named(best(tried).runs for tried in groups.values()), remark
+
+
+def best(arms: Sequence[Arm]) -> Arm:
+    """The lowest mean loss over the seeds that all have, or over its own if they share none."""
+    common = set.intersection(*(set(arm.runs) for arm in arms))
+
+    def loss(arm: Arm) -> float:
+        return statistics.fmean(arm.runs[seed].best_loss for seed in common or arm.runs)
+
+    return min(arms, key=loss)
 
 
 def one_of_each(
