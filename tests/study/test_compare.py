@@ -168,7 +168,8 @@ def test_long_names_fold_and_truncate_no_number(result: Comparison, name: str) -
     assert len(re.findall(numbers, "\n".join(lines))) == 6 * 3 + 6 + 5
     end = next(number for number, line in enumerate(lines) if line.startswith("selective"))
     folded = "".join(line[: lines[1].index(" seeds")] for line in lines[2:end])
-    assert "".join(folded.split()) == name.replace(" ", "")
+    unbroken = re.sub(" +=", "=", folded)  # a line may begin with an equals sign
+    assert unbroken.split() == name.split() or folded.strip() == name
 
 
 @pytest.mark.parametrize("evil", ["\x1b[31m", "\x9b31m", "\u202e", "\x00"])

@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from chargpt.config import did_you_mean, options, spell
-from chargpt.errors import one_line, require
+from chargpt.config import spell
+from chargpt.errors import one_line
 from chargpt.run.directory import Record
 
 MAX_NAME = 40  # characters of an arm's name
@@ -115,9 +115,6 @@ def best_of(names: Sequence[str], arms: Sequence[Arm]) -> tuple[list[Arm], str]:
     Types need not like the same learning rate: with ["optimizer.learning_rate"], each is compared
     at its own.
     """
-    for name in names:
-        known = name in options()
-        require(known, f"best_of: {name}: there is no such option{did_you_mean(name, options())}")
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(setting_key(arm.first_run, names), []).append(arm)

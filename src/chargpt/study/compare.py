@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chargpt.config import to_yaml
+from chargpt.config import did_you_mean, options, to_yaml
 from chargpt.errors import one_line, require
 from chargpt.study import figures, page
 from chargpt.study.arms import Arm, Difference, best_of, group
@@ -49,6 +49,9 @@ class CompareOptions:
         require(bool(self.paths), "compare: needs runs; write chargpt compare outputs/… multirun/…")
         if self.out:
             page.check_stem(self.out)
+        for name in [] if self.best_of is None else self.best_of.split(","):
+            hint = did_you_mean(name, options())
+            require(name in options(), f"best_of: {name}: there is no such option{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
