@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import equinox as eqx
 import numpy as np
@@ -31,6 +31,7 @@ from chargpt.origin import load_text
 from chargpt.run.directory import Record, find_runs, read_run
 from chargpt.run.evaluate import eval_batch_size
 from chargpt.study.arms import Difference, group
+from chargpt.study.compare import plus_minus
 from chargpt.train import cast, compute_dtype
 
 COLUMNS = ["arm", "seeds", "loss", "minus the first", "temperature", "loss at it"]
@@ -77,8 +78,8 @@ class Calibration:
 
     @classmethod
     def of(cls, scores: np.ndarray, targets: np.ndarray) -> "Calibration":
-        halves = [np.array_split(part, 2) for part in (scores, targets)]
-        (first, second) = zip(*halves, strict=True)
+        halves = (np.array_split(part, 2) for part in (scores, targets))
+        first, second = zip(*halves, strict=True)
         temperatures = [best_temperature(*first), best_temperature(*second)]
         at_them = [losses(*second, temperatures[0]), losses(*first, temperatures[1])]
         return cls(
@@ -87,44 +88,20 @@ class Calibration:
             float(np.concatenate(at_them).mean()),
         )
 
+    @classmethod
+    def mean(cls, several: Collection["Calibration"]) -> "Calibration":
+        rows = map(dataclasses.astuple, several)
+        return cls(*map(statistics.fmean, zip(*rows, strict=True)))
+
     def cells(self) -> list[str]:
         return [f"{self.loss:.4f}", f"{self.temperature:.2f}", f"{self.loss_at_it:.4f}"]
 
 
-def minus(ours: dict[int, float], first: dict[int, float]) -> str:
+def minus(ours: dict[int, Calibration], first: dict[int, Calibration], name: str) -> str:
     """Mean difference over the seeds that both have, with half of its 95 % interval."""
-    found = Difference.of([ours[seed] - first[seed] for seed in ours if seed in first])
-    if found is None or ours is first:
-        return "-"
-    return f"{found.mean:+.4f}" + ("" if found.interval is None else f" ± {found.interval:.4f}")
-
-
-def main(arguments: Sequence[str]) -> None:
-    arms, remarks = group([read_run(run) for run in find_runs(read(arguments)[1])])
-    print("\n".join([machine(), *remarks, ""]))
-    print(f"| {' | '.join(COLUMNS)} |\n{len(COLUMNS) * '|---'}|")
-    answers, everything, first = None, [], None
-    for arm in arms:
-        found = {}
-        for seed, run in arm.runs.items():
-            found[seed], targets = predictions(run)
-            answers = targets if answers is None else answers
-            same = np.array_equal(targets, answers)
-            require(same, f"{run.path}: has another text than {arms[0].first_run.path}")
-        alone = {seed: Calibration.of(scores, answers) for seed, scores in found.items()}
-        losses_at = [{seed: one.loss for seed, one in alone.items()}]
-        losses_at += [{seed: one.loss_at_it for seed, one in alone.items()}]
-        first = first or losses_at
-        loss, at_it = (f"{statistics.fmean(each.values()):.4f}" for each in losses_at)
-        differences = [minus(*pair) for pair in zip(losses_at, first, strict=True)]
-        temperature = f"{statistics.fmean(one.temperature for one in alone.values()):.2f}"
-        cells = [arm.name, str(len(alone)), loss, differences[0], temperature, at_it]
-        cells += [differences[1], *together(list(found.values()), answers)]
-        print(f"| {' | '.join(cells)} |", flush=True)
-        everything += found.values()
-    if len(arms) > 1:
-        cells = ["all of them", str(len(everything)), *5 * ["-"], *together(everything, answers)]
-        print(f"| {' | '.join(cells)} |")
+    common = [(ours[seed], first[seed]) for seed in ours if seed in first]
+    found = Difference.of([getattr(one, name) - getattr(other, name) for one, other in common])
+    return plus_minus(found.mean, found.interval, "+")[0] if found else "-"
 
 
 def together(models: Sequence[np.ndarray], targets: np.ndarray) -> list[str]:
@@ -133,6 +110,36 @@ def together(models: Sequence[np.ndarray], targets: np.ndarray) -> list[str]:
         return 3 * ["-"]
     mean = functools.reduce(np.logaddexp, models) - np.log(len(models))
     return Calibration.of(mean, targets).cells()
+
+
+def show(cells: Sequence[str]) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    arms, remarks = group([read_run(run) for run in find_runs(read(arguments)[1])])
+    print("\n".join([machine(), *remarks, ""]))
+    show(COLUMNS)
+    print(len(COLUMNS) * "|---" + "|")
+    answers, everything = None, []
+    first: dict[int, Calibration] = {}
+    for arm in arms:
+        found = {}
+        for seed, run in arm.runs.items():
+            found[seed], targets = predictions(run)
+            answers = targets if answers is None else answers
+            same = np.array_equal(targets, answers)
+            require(same, f"{run.path}: has another text than {arms[0].first_run.path}")
+        alone = {seed: Calibration.of(scores, answers) for seed, scores in found.items()}
+        as_it_is, at_it = (minus(alone, first, name) for name in ("loss", "loss_at_it"))
+        first = first or alone
+        loss, *tempered = Calibration.mean(alone.values()).cells()
+        cells = [arm.name, str(len(alone)), loss, as_it_is, *tempered, at_it]
+        show([*cells, *together(list(found.values()), answers)])
+        everything += found.values()
+    if len(arms) > 1:
+        cells = ["all of them", str(len(everything)), *5 * ["-"]]
+        show([*cells, *together(everything, answers)])
 
 
 if __name__ == "__main__":
